@@ -1,0 +1,1 @@
+from nsa_kernels.reference import compress, dense_attention, nsa_attention  # noqa: F401

@@ -1,0 +1,43 @@
+"""Work split over threads by rows or by tasks, on a CPU."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+Item = TypeVar("Item")
+
+MIN_ROWS = 128  # below this, torch's own threads inside each operation do as well
+
+
+def over_rows(function: Callable[[slice], T], rows: int) -> list[T]:
+    """function(slice) for consecutive slices that cover `rows` rows, one a thread; results in order."""
+    threads = torch.get_num_threads()
+    parts = max(1, min(threads, rows // MIN_ROWS))
+    size = -(-rows // parts)
+    return over_tasks(function, [slice(start, min(start + size, rows)) for start in range(0, rows, size)])
+
+
+def over_tasks(function: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
+    """[function(item) for item in items] on as many threads as torch may use, each with one-threaded operations.
+
+    Operations release the interpreter lock; tasks should last a millisecond or more.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or len(items) == 1:
+        return [function(item) for item in items]
+    grad = torch.is_grad_enabled()
+
+    def run(item: Item) -> T:
+        with torch.set_grad_enabled(grad):  # grad mode is per thread
+            return function(item)
+
+    # The thread count of OpenMP is per thread, MKL's is global: both go to one, and MKL's back afterwards.
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(min(threads, len(items)), "nsa", torch.set_num_threads, (1,)) as pool:
+            return list(pool.map(run, items))
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,144 @@
+"""One layer's attention: projections, rotation, gates, the cache, and the kernel that does the rest."""
+
+import torch
+from torch import Tensor, nn
+
+import nsa_kernels
+from nsa_models.cache import Cache
+from nsa_models.config import NSAConfig
+from nsa_models.linear import Linear
+from nsa_models.rope import Rope, rotate
+
+
+class MLPCompression(nn.Module):
+    """phi as a two-layer perceptron with SiLU, one per key head (paper eq. 7)."""
+
+    def __init__(self, heads: int, block: int, width: int, **factory) -> None:
+        super().__init__()
+        self.up = _affine(heads, block * width, 2 * width, **factory)
+        self.down = _affine(heads, 2 * width, width, **factory)
+
+    def phi(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.up.weight, self.up.bias, self.down.weight, self.down.bias
+
+
+class LinearCompression(nn.Module):
+    """phi as one linear map of the whole block, one per key head."""
+
+    def __init__(self, heads: int, block: int, width: int, **factory) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, block * width, width, **factory))
+
+    def phi(self) -> Tensor:
+        return self.weight
+
+
+class MeanCompression(nn.Module):
+    """phi as the mean: nothing to learn but, if configured, positions."""
+
+    def phi(self) -> None:
+        return None
+
+
+def _affine(heads: int, inside: int, outside: int, **factory) -> nn.Module:
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.empty(heads, inside, outside, **factory))
+    module.bias = nn.Parameter(torch.empty(heads, outside, **factory))
+    return module
+
+
+def _compression(config: NSAConfig, width: int, keys: bool, **factory) -> nn.Module:
+    heads, block = config.num_kv_heads, config.compress_block
+    if config.compress_kind == "mean":
+        module = MeanCompression()
+    else:
+        kind = LinearCompression if config.compress_kind == "linear" else MLPCompression
+        module = kind(heads, block, width, **factory)
+    module.position = None
+    if keys and config.compress_positions:
+        module.position = nn.Parameter(torch.empty(heads, block, width, **factory))
+    return module
+
+
+class Attention(nn.Module):
+    """Projections and compression of one layer; `nsa_kernels` does the attention itself."""
+
+    def __init__(self, config: NSAConfig, layer: int, **factory) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        H, HQ, HKV = config.hidden_size, config.num_heads, config.num_kv_heads
+        D, Dv, bias = config.head_dim, config.v_head_dim, config.qkv_bias
+        self.q_proj = Linear(H, HQ * D, bias, **factory)
+        for branch in ("", "_cmp", "_swa") if config.branch_kv else ("",):
+            setattr(self, f"k{branch}_proj", Linear(H, HKV * D, bias, **factory))
+            setattr(self, f"v{branch}_proj", Linear(H, HKV * Dv, bias, **factory))
+        self.g_proj = Linear(H, 3 * HQ, config.gate_bias, **factory)
+        self.o_proj = Linear(HQ * Dv, H, False, **factory)
+        self.compress_k = _compression(config, D, True, **factory)
+        self.compress_v = _compression(config, Dv, False, **factory)
+
+    def project(
+        self, h: Tensor, cos: Tensor, sin: Tensor, cache: Cache, start: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of (T, H) normed inputs at tokens start .. start+T-1; keys and values go to the cache.
+
+        Returns q (T, HQ, D), the compressed branch's queries (the same unless un-roped) and gates (T, HQ, 3).
+        """
+        config, T = self.config, h.shape[0]
+        heads = (T, config.num_kv_heads, -1)
+        plain = self.q_proj(h).view(T, config.num_heads, -1)
+        q = rotate(plain, cos, sin)
+        entries = {"k": rotate(self.k_proj(h).view(heads), cos, sin), "v": self.v_proj(h).view(heads)}
+        if config.branch_kv:
+            source = self.k_cmp_proj(h).view(heads)
+            entries["k_src"] = rotate(source, cos, sin) if config.compress_rope == "before" else source
+            entries["v_src"] = self.v_cmp_proj(h).view(heads)
+            entries["k_swa"] = rotate(self.k_swa_proj(h).view(heads), cos, sin)
+            entries["v_swa"] = self.v_swa_proj(h).view(heads)
+        cache.write(self.layer, start, **entries)
+        gates = torch.sigmoid(self.g_proj(h)).view(T, config.num_heads, 3)
+        return q, plain if config.compress_rope == "none" else q, gates
+
+    def compress(self, rope: Rope, cache: Cache, stop: int, dtype: torch.dtype) -> None:
+        """Fill the compressed blocks that tokens cache.length .. stop-1 complete, from the cached keys themselves:
+        the result does not depend on how the context was cut into chunks.
+        """
+        v = self.config.variant
+        first, last = v.compressed_count(cache.length), v.compressed_count(stop)
+        if first == last:
+            return
+        start, end = first * v.compress_stride, (last - 1) * v.compress_stride + v.compress_block
+        names = ("k_src", "v_src") if self.config.branch_kv else ("k", "v")
+        k, values = (cache.read(self.layer, name, start, end).to(dtype) for name in names)
+        place = self.config.compress_rope
+        if place != "before" and not self.config.branch_kv:
+            k = rope.undo(k, *rope.angles(torch.arange(start, end, device=k.device), dtype))
+        k_cmp = nsa_kernels.compress(k, v, self.compress_k.phi(), self.compress_k.position)
+        if place == "after":  # a compressed key stands at the first token of its block
+            blocks = torch.arange(first, last, device=k.device) * v.compress_stride
+            k_cmp = rotate(k_cmp, *rope.angles(blocks, dtype))
+        v_cmp = nsa_kernels.compress(values, v, self.compress_v.phi())
+        cache.write(self.layer, first, k_cmp=k_cmp, v_cmp=v_cmp)
+
+    def attend(self, q: Tensor, q_cmp: Tensor, gates: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
+        """T queries after cache.length tokens, whose keys are in the cache already.
+
+        Returns o (T, HQ, Dv) and block_indices (T, HKV, n).
+        """
+        stop = cache.length + q.shape[0]
+        blocks = self.config.variant.compressed_count(stop)
+        own = {}
+        if self.config.branch_kv:
+            own = {name: cache.read(self.layer, name, 0, stop) for name in ("k_swa", "v_swa")}
+        return nsa_kernels.nsa_attention(
+            q,
+            cache.read(self.layer, "k", 0, stop),
+            cache.read(self.layer, "v", 0, stop),
+            cache.read(self.layer, "k_cmp", 0, blocks),
+            cache.read(self.layer, "v_cmp", 0, blocks),
+            gates,
+            self.config.variant,
+            offset=cache.length,
+            q_cmp=q_cmp,
+            **own,
+        )

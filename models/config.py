@@ -1,0 +1,135 @@
+"""`NSAConfig`: one frozen dataclass that describes every NSA model this project can run. Imports no torch."""
+
+import difflib
+from dataclasses import asdict, dataclass, field, fields
+
+from nsa_kernels.variant import Variant
+
+from nsa_models.errors import ModelError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """YaRN (arXiv 2309.00071). The factor in use is the smallest power of two that covers the context, at most
+    `factor`; a context within `original_max_position_embeddings` runs unscaled, exactly as the base model does.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+@dataclass(frozen=True)
+class NSAConfig:
+    """Shape and attention variant of a checkpoint; the field names are those of our `config.json`."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_heads: int  # query heads, HQ
+    num_kv_heads: int  # HKV; G = HQ / HKV query heads share one key head
+    head_dim: int  # of q and k
+    intermediate_size: int
+    v_head_dim: int = 0  # of v; 0 = head_dim
+    max_position_embeddings: int = 8192  # the longest context the checkpoint is meant for
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    gate_bias: bool = False  # g_proj has a bias (converted models start from it)
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    # Attention variant: the geometry is a Variant's, the rest says what is compressed and how.
+    compress_kind: str = "mean"  # mean | linear | mlp
+    compress_positions: bool = False  # learned intra-block positions added to the keys before compression
+    compress_rope: str = "before"  # before: roped keys are pooled | after: un-roped, then roped at i*d | none
+    branch_kv: bool = False  # separate K/V projections per branch, as in the paper
+    compress_block: int = 32
+    compress_stride: int = 16
+    select_block: int = 64
+    select_count: int = 16
+    initial_blocks: int = 1
+    local_blocks: int = 2
+    window: int = 512
+    importance_map: str = "geometric"
+    topk: str = "exact"
+    topk_chunk: int = 0
+
+    variant: Variant = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__
+        if not self.v_head_dim:
+            set_(self, "v_head_dim", self.head_dim)
+        if isinstance(self.rope_scaling, dict):
+            set_(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        set_(self, "eos_token_ids", tuple(self.eos_token_ids))
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        ):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ModelError(f"config: {name} must be a positive integer, got {getattr(self, name)!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ModelError(
+                f"config: num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
+            )
+        if self.head_dim % 2 or self.head_dim > 256:
+            raise ModelError(f"config: head_dim must be even and at most 256, got {self.head_dim}")
+        choices = {"compress_kind": ("mean", "linear", "mlp"), "compress_rope": ("before", "after", "none")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ModelError(
+                    f"config: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+        try:
+            set_(self, "variant", Variant(**{f.name: getattr(self, f.name) for f in fields(Variant)}))
+        except ValueError as error:
+            raise ModelError(f"config: {error}") from None
+
+    def rope_factor(self, tokens: int) -> float:
+        """The YaRN factor for a context of up to `tokens` tokens: 1 within the trained length, else a power of two.
+
+        Fixed for the whole context (rotated keys are cached), so that a short context is computed as trained.
+        """
+        scaling = self.rope_scaling
+        if scaling is None or tokens <= scaling.original_max_position_embeddings:
+            return 1.0
+        ratio = -(-tokens // scaling.original_max_position_embeddings)
+        return float(min(scaling.factor, 1 << (ratio - 1).bit_length()))
+
+    def to_dict(self) -> dict:
+        """The `config.json` keys of this config (without `model_type` and the format version)."""
+        values = asdict(self)
+        del values["variant"]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "NSAConfig":
+        """Read our own keys; an unknown key is an error that names the nearest known one."""
+        known = {f.name for f in fields(cls) if f.init}
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ModelError(f"config: unknown key {key!r}{hint}")
+        missing = [f.name for f in fields(cls) if f.init and f.name not in values and _required(f)]
+        if missing:
+            raise ModelError(f"config: missing {', '.join(missing)}")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ModelError(f"config: {error}") from None
+
+
+def _required(f) -> bool:
+    from dataclasses import MISSING
+
+    return f.default is MISSING and f.default_factory is MISSING

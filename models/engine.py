@@ -1,0 +1,88 @@
+"""Prefill and decode. The engine knows token ids, a model and a cache; it knows no text."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from nsa_models.cache import Cache
+from nsa_models.errors import BudgetError
+from nsa_models.sampling import Sampler, Sampling
+from nsa_models.selection import SelectionCount
+from nsa_models.transformer import NSAModel
+
+Progress = Callable[[int, int], None]
+
+
+def prefill(
+    model: NSAModel,
+    ids: Sequence[int] | Tensor,
+    cache: Cache,
+    *,
+    progress: Progress | None = None,
+    chunk: int | None = None,
+    selection: SelectionCount | None = None,
+    dense: bool = False,
+) -> Tensor:
+    """Append `ids` to the cache, chunk by chunk, and return the logits (vocab,) that follow the last of them.
+
+    progress is called with (tokens done, tokens in all) after every chunk. selection collects the blocks that the
+    last token's queries chose. A `KeyboardInterrupt` leaves the cache valid up to the last whole chunk.
+    """
+    ids = torch.as_tensor(ids, dtype=torch.long)
+    total = ids.shape[0]
+    if total == 0:
+        raise ValueError("nothing to prefill")
+    limit = min(cache.capacity, model.config.max_position_embeddings)
+    if cache.length + total > limit:
+        raise BudgetError(
+            f"{cache.length + total:,} tokens do not fit: the context holds {limit:,}; "
+            f"leave out {cache.length + total - limit:,}"
+        )
+    size = chunk or chunk_size(cache.length + total)
+    for start in range(0, total, size):
+        piece = ids[start : start + size]
+        hidden, blocks = model.advance(piece, cache, dense)
+        if progress:
+            progress(start + piece.shape[0], total)
+    if selection is not None:
+        selection.add(blocks[:, -1:], cache.length - 1)
+    return model.logits(hidden[-1:])[0]
+
+
+def chunk_size(context: int) -> int:
+    """Tokens per chunk. A selection block is read once per chunk for all queries that chose it, so longer contexts
+    want longer chunks (at 128k and 4096 queries some 26 share a block); short ones want progress and less memory.
+    """
+    return 1024 if context <= 4096 else 2048 if context <= 32768 else 4096
+
+
+def decode(
+    model: NSAModel,
+    cache: Cache,
+    logits: Tensor,
+    sampling: Sampling,
+    *,
+    eos_ids: Iterable[int] = (),
+    history: Iterable[int] = (),
+    selection: SelectionCount | None = None,
+    dense: bool = False,
+) -> Iterator[int]:
+    """Yield the tokens that follow, up to an end-of-sequence id (not yielded), `max_tokens` or a full cache.
+
+    logits: (vocab,) of the last token, from `prefill`. history: earlier tokens for the repeat penalty. A token enters
+    the cache when the next one is asked for.
+    """
+    ends, sampler = frozenset(eos_ids), Sampler(sampling, history)
+    for step in range(sampling.max_tokens):
+        token = sampler.pick(logits)
+        if token in ends:
+            return
+        yield token
+        if step + 1 == sampling.max_tokens or cache.length >= cache.capacity:
+            return
+        position = cache.length
+        hidden, blocks = model.advance(torch.tensor([token]), cache, dense)
+        if selection is not None:
+            selection.add(blocks, position)
+        logits = model.logits(hidden)[0]
