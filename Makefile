@@ -1,0 +1,37 @@
+# Everything starts from a bare clone with Python 3.10+ and make: `make demo`, `make test`, `make lint`, `make bench`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+QUESTION ?= Where is the exit code of a budget error defined?
+
+.PHONY: demo test lint format bench model clean
+
+demo: model  ## ask this repository a question with the built-in model
+	$(BIN)/nsa ask . "$(QUESTION)"
+
+test: model
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: model
+	$(BIN)/nsa bench
+
+model: $(VENV)/installed
+	$(BIN)/nsa models install
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "nsa needs Python 3.10 or newer; name one: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
