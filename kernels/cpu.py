@@ -1,1 +1,334 @@
-from nsa_kernels.reference import compress, dense_attention, nsa_attention  # noqa: F401
+"""NSA without a GPU: blocked, threaded, products in the dtype of q, softmax in float32.
+
+Nothing of size T x S or T x S/d is held: a tile is some 64 queries of one key head against all its compressed keys.
+Three passes over the queries of a chunk, each a list of independent tasks (`rows.over_tasks`):
+
+1. per tile of queries: compressed branch, block choice, window branch, and the forced blocks of the selected branch
+   (the same for neighbouring queries, so one dense product);
+2. per selection block: all queries of the chunk that chose it, gathered, times its keys and values. Gathering the
+   blocks per query instead moves 16 x 32 KB per query and head (float32, D = 64) and ran at 1-2 GB/s; gathering
+   queries moves 0.8 KB per choice;
+3. per tile: the parts of the selected branch are merged by their row maxima, as in flash attention.
+
+A single query (decode) has its own pass without tiles. Same signatures and results as `reference`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nsa_kernels.reference import block_importance, compress, select_blocks
+from nsa_kernels.rows import over_tasks
+from nsa_kernels.variant import Variant
+
+__all__ = ["compress", "dense_attention", "nsa_attention"]
+
+TILE = 64  # queries per tile: with G = 3 and 1024 compressed keys the scores take 0.8 MB, about a core's L2
+MERGE_ROWS = 256
+GATHER_ROWS = 16
+
+
+class Part(NamedTuple):
+    """Unnormalized softmax over some of a row's keys: o = sum exp(s - m) v, l = sum exp(s - m), m = max s."""
+
+    o: Tensor  # (..., G, Dv)
+    m: Tensor  # (..., G)
+    l: Tensor  # (..., G)
+
+
+def nsa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    gates: Tensor,
+    variant: Variant,
+    *,
+    offset: int = 0,
+    scale: float | None = None,
+    q_cmp: Tensor | None = None,
+    k_swa: Tensor | None = None,
+    v_swa: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """All three branches; shapes and results as in `reference.nsa_attention`. Keys may be of a narrower dtype."""
+    T, HQ, D = q.shape
+    HKV = k.shape[1]
+    scale = D**-0.5 if scale is None else scale
+    heads = []  # one per key head: its G query heads and its keys
+    for h in range(HKV):
+        group = slice(h * (HQ // HKV), (h + 1) * (HQ // HKV))
+        heads.append(
+            Head(
+                q=q[:, group] * scale,
+                q_cmp=None if q_cmp is None or q_cmp is q else q_cmp[:, group] * scale,
+                k=k[:, h],
+                v=v[:, h],
+                k_cmp=k_cmp[:, h],
+                v_cmp=v_cmp[:, h],
+                k_swa=k[:, h] if k_swa is None else k_swa[:, h],
+                v_swa=v[:, h] if v_swa is None else v_swa[:, h],
+                gates=gates[:, group],
+            )
+        )
+    if T == 1:
+        results = [_one_query(head, variant, offset) for head in heads]
+    else:
+        results = _many_queries(heads, variant, offset)
+    return torch.cat([o for o, _ in results], 1), torch.stack([blocks for _, blocks in results], 1)
+
+
+class Head(NamedTuple):
+    """One key head and the query heads of its group; queries carry the softmax scale."""
+
+    q: Tensor  # (T, G, D)
+    q_cmp: Tensor | None  # (T, G, D) where the compressed branch has its own
+    k: Tensor  # (S, D)
+    v: Tensor  # (S, Dv)
+    k_cmp: Tensor  # (NC, D)
+    v_cmp: Tensor  # (NC, Dv)
+    k_swa: Tensor  # (S, D)
+    v_swa: Tensor  # (S, Dv)
+    gates: Tensor  # (T, G, 3)
+
+
+def _many_queries(heads: list[Head], variant: Variant, offset: int) -> list[tuple[Tensor, Tensor]]:
+    T, G, _ = heads[0].q.shape
+    Dv, n = heads[0].v.shape[1], variant.select_count
+    outputs = [head.q.new_empty(T, G, Dv) for head in heads]
+    chosen = [torch.empty(T, n, dtype=torch.int32) for _ in heads]
+    forced = [_empty_part(T, G, Dv) for _ in heads]
+
+    def dense_parts(task: tuple[int, slice]) -> None:
+        h, rows = task
+        importance = _compressed_branch(heads[h], rows, variant, offset, outputs[h])
+        chosen[h][rows] = select_blocks(importance[:, None], variant, offset + rows.start)[:, 0]
+        _forced_blocks(heads[h], rows, variant, offset, forced[h])
+        _window_branch(heads[h], rows, variant, offset, outputs[h])
+
+    over_tasks(dense_parts, [(h, rows) for h in range(len(heads)) for rows in _tiles(T, TILE)])
+    for h, head in enumerate(heads):
+        free = _free_choices(chosen[h], variant, offset)
+        parts, position = _chosen_blocks(head, free, variant)
+
+        def merge(rows: slice, h=h, parts=parts, position=position) -> None:
+            slc = _merge(forced[h], parts, position, rows)
+            outputs[h][rows] += heads[h].gates[rows, :, 1:2] * slc.to(outputs[h].dtype)
+
+        over_tasks(merge, _tiles(T, MERGE_ROWS))
+    return list(zip(outputs, chosen, strict=True))
+
+
+def _compressed_branch(head: Head, rows: slice, variant: Variant, offset: int, out: Tensor) -> Tensor:
+    """Writes g_cmp * o_cmp to out[rows]; returns block importance (R, NB) for the blocks that exist by then."""
+    q = head.q[rows] if head.q_cmp is None else head.q_cmp[rows]
+    R, G, _ = q.shape
+    position = torch.arange(offset + rows.start, offset + rows.stop)
+    NB = variant.block_count(offset + rows.stop)
+    seen = variant.compressed_count(offset + rows.start + 1)  # blocks that the tile's first query sees
+    NC = variant.compressed_count(offset + rows.stop)  # ... and its last one
+    if NC == 0:
+        out[rows] = 0
+        return torch.zeros(R, NB)
+    p = _scores(q, head.k_cmp[:NC]).view(R, G, NC)
+    if seen < NC:
+        ends = torch.arange(seen, NC) * variant.compress_stride + variant.compress_block - 1
+        p[:, :, seen:].masked_fill_((ends > position[:, None])[:, None], -torch.inf)
+    p = torch.softmax(p, -1)
+    if seen == 0:
+        p = p.nan_to_num(0.0)  # rows that see no block
+    o = _values(p.view(R * G, NC), head.v_cmp[:NC]).view(R, G, -1)
+    out[rows] = head.gates[rows, :, :1] * o.to(out.dtype)
+    return block_importance(p, 1, variant, NB)[:, 0]
+
+
+def _window_branch(head: Head, rows: slice, variant: Variant, offset: int, out: Tensor) -> None:
+    """Adds g_swa * o_swa to out[rows]."""
+    if variant.window == 0:
+        return
+    first, stop = offset + rows.start, offset + rows.stop
+    low = max(0, first - variant.window + 1)
+    position, token = torch.arange(first, stop)[:, None], torch.arange(low, stop)
+    hidden = (token > position) | (token <= position - variant.window)  # (R, keys)
+    q = head.q[rows]
+    R, G, _ = q.shape
+    p = _scores(q, head.k_swa[low:stop]).view(R, G, -1)
+    p = torch.softmax(p.masked_fill_(hidden[:, None], -torch.inf), -1)
+    o = _values(p.view(R * G, -1), head.v_swa[low:stop]).view(R, G, -1)
+    out[rows] += head.gates[rows, :, 2:] * o.to(out.dtype)
+
+
+def _forced_blocks(head: Head, rows: slice, variant: Variant, offset: int, part: Part) -> None:
+    """The selected branch over the initial and local blocks of a tile's queries, into part[rows]."""
+    size, first, stop = variant.select_block, offset + rows.start, offset + rows.stop
+    initial = min(variant.initial_blocks * size, stop)
+    low = max(initial, (first // size - variant.local_blocks + 1) * size)
+    position = torch.arange(first, stop)[:, None]
+    token = torch.cat([torch.arange(initial), torch.arange(low, stop)])
+    local = token >= (position // size - variant.local_blocks + 1) * size
+    visible = (token <= position) & (local | (token < initial))
+    k, v = (torch.cat([x[:initial], x[low:stop]]) for x in (head.k, head.v))
+    q = head.q[rows]
+    R, G, _ = q.shape
+    s = _scores(q, k).view(R, G, -1).masked_fill_(~visible[:, None], -torch.inf).view(R * G, -1)
+    _partial(s, v, part.o[rows].view(R * G, -1), part.m[rows].view(-1), part.l[rows].view(-1))
+
+
+def _free_choices(chosen: Tensor, variant: Variant, offset: int) -> Tensor:
+    """The chosen blocks (T, n) without the forced ones, compacted to the left: (T, F), -1 = none."""
+    none = torch.iinfo(chosen.dtype).max
+    current = torch.arange(offset, offset + chosen.shape[0])[:, None] // variant.select_block
+    free = (chosen >= variant.initial_blocks) & (chosen <= current - variant.local_blocks)
+    width = int(free.sum(1).max())
+    compact = chosen.masked_fill(~free, none).sort(1).values[:, :width]
+    return compact.masked_fill(compact == none, -1).long()
+
+
+def _chosen_blocks(head: Head, free: Tensor, variant: Variant) -> tuple[Part, Tensor]:
+    """The selected branch over freely chosen blocks, which lie wholly in the past: no mask.
+
+    free: (T, F). Returns P parts, and position (T, F') of each query's parts among them, -1 = none.
+    """
+    blocks = free[free >= 0].unique().numel()
+    if blocks > free.shape[0]:
+        return _by_query(head, free, variant)
+    return _by_block(head, free, variant)
+
+
+def _by_block(head: Head, free: Tensor, variant: Variant) -> tuple[Part, Tensor]:
+    """One part per (query, block), in the order of blocks, so that a block's queries are neighbours."""
+    T, F = free.shape
+    _, G, D = head.q.shape
+    size = variant.select_block
+    pairs = (free.flatten() >= 0).nonzero().flatten()
+    block, order = free.flatten()[pairs].sort(stable=True)
+    pairs = pairs[order]
+    position = torch.full((T * F,), -1).index_copy_(0, pairs, torch.arange(pairs.numel()))
+    q = head.q.index_select(0, pairs // max(F, 1)).view(-1, D)  # (P*G, D)
+    part = _empty_part(pairs.numel(), G, head.v.shape[1])
+    o, m, l = part.o.view(-1, part.o.shape[-1]), part.m.view(-1), part.l.view(-1)
+    ids, counts = block.unique_consecutive(return_counts=True)
+    stops = counts.cumsum(0)
+    spans = torch.stack([ids, (stops - counts) * G, stops * G], 1).tolist()  # block, first row, last row + 1
+
+    def attend(spans: list[list[int]]) -> None:
+        for j, start, stop in spans:
+            keys = slice(j * size, (j + 1) * size)
+            s = _scores(q[start:stop], head.k[keys])
+            _partial(s, head.v[keys], o[start:stop], m[start:stop], l[start:stop])
+
+    over_tasks(attend, _even_parts(spans, 4 * torch.get_num_threads()))
+    return part, position.view(T, F)
+
+
+def _by_query(head: Head, free: Tensor, variant: Variant) -> tuple[Part, Tensor]:
+    """One part per query, over its own gathered blocks: for a few queries that share few blocks."""
+    T, F = free.shape
+    _, G, D = head.q.shape
+    whole = head.k.shape[0] // variant.select_block
+    part = _empty_part(T, G, head.v.shape[1])
+
+    def attend(rows: slice) -> None:
+        index = free[rows].clamp(min=0).flatten()
+        k, v = (
+            x[: whole * variant.select_block].unflatten(0, (whole, -1)).index_select(0, index).to(head.q.dtype)
+            for x in (head.k, head.v)
+        )  # (R*F, l', D)
+        R = rows.stop - rows.start
+        s = torch.bmm(head.q[rows], k.view(R, -1, D).transpose(1, 2)).float()  # (R, G, F*l')
+        absent = (free[rows] < 0).repeat_interleave(variant.select_block, 1)
+        s.masked_fill_(absent[:, None], -torch.inf)
+        m = s.amax(-1).clamp(min=torch.finfo(s.dtype).min)  # finite where a query has no free choice at all
+        p = torch.exp(s - m[..., None])
+        part.m[rows], part.l[rows] = m, p.sum(-1)
+        part.o[rows] = torch.bmm(p.to(v.dtype), v.view(R, -1, v.shape[-1])).float()
+
+    over_tasks(attend, _tiles(T, GATHER_ROWS))
+    return part, torch.arange(T)[:, None]
+
+
+def _merge(forced: Part, parts: Part, position: Tensor, rows: slice) -> Tensor:
+    """o_slc (R, G, Dv) from the forced part and the free parts of each row."""
+    index = position[rows]
+    R, F = index.shape
+    if F == 0:
+        return forced.o[rows] / forced.l[rows, :, None]
+    flat = index.clamp(min=0).flatten()
+    m = parts.m.index_select(0, flat).view(R, F, -1).masked_fill_((index < 0)[:, :, None], -torch.inf)
+    top = torch.maximum(forced.m[rows], m.amax(1))  # (R, G)
+    w = torch.exp(m - top[:, None])  # (R, F, G)
+    w0 = torch.exp(forced.m[rows] - top)
+    l = w0 * forced.l[rows] + (w * parts.l.index_select(0, flat).view(R, F, -1)).sum(1)
+    o = parts.o.index_select(0, flat).view(R, F, *parts.o.shape[1:]).mul_(w[..., None]).sum(1)
+    return (o + w0[..., None] * forced.o[rows]) / l[..., None]
+
+
+def _one_query(head: Head, variant: Variant, offset: int) -> tuple[Tensor, Tensor]:
+    """A decode step: o (1, G, Dv) and blocks (1, n). Every product is a thin one, bound by reading the keys."""
+    out = torch.empty(1, head.q.shape[1], head.v.shape[1], dtype=head.q.dtype)
+    rows = slice(0, 1)
+    importance = _compressed_branch(head, rows, variant, offset, out)
+    blocks = select_blocks(importance[:, None], variant, offset)[0]  # (1, n)
+    chosen = blocks[blocks >= 0].long()
+    size = variant.select_block
+    token = (chosen[:, None] * size + torch.arange(size)).flatten()
+    token = token[: (chosen.numel() - 1) * size + offset % size + 1]  # the last block is the query's own
+    p = torch.softmax(_scores(head.q, head.k.index_select(0, token)), -1)
+    out += head.gates[:, :, 1:2] * _values(p, head.v.index_select(0, token)).to(out.dtype)[None]
+    low = max(0, offset - variant.window + 1)
+    if variant.window:
+        p = torch.softmax(_scores(head.q, head.k_swa[low : offset + 1]), -1)
+        out += head.gates[:, :, 2:] * _values(p, head.v_swa[low : offset + 1]).to(out.dtype)[None]
+    return out, blocks
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, offset: int = 0, scale: float | None = None) -> Tensor:
+    """Causal full attention by torch's flash kernel, keys before the chunk without a mask. Shapes as in `reference`."""
+    T, HQ, D = q.shape
+    HKV = k.shape[1]
+    grouped = q.view(T, HKV, HQ // HKV, D).permute(1, 2, 0, 3)  # (HKV, G, T, D)
+
+    def flash(k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+        k, v = (x.to(q.dtype).transpose(0, 1)[:, None].expand(-1, HQ // HKV, -1, -1) for x in (k, v))
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return attend(grouped, k, v, is_causal=causal, scale=scale)
+
+    o, lse = flash(k[offset : offset + T], v[offset : offset + T], True)
+    if offset:
+        past, past_lse = flash(k[:offset], v[:offset], False)
+        weight = torch.sigmoid(past_lse - lse)[..., None].to(o.dtype)  # exp(a) / (exp(a) + exp(b))
+        o = torch.lerp(o, past, weight)
+    return o.permute(2, 0, 1, 3).reshape(T, HQ, v.shape[-1])
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """(..., D) queries times (keys, D), flat: (rows, keys) in float32."""
+    return torch.mm(q.reshape(-1, q.shape[-1]), k.to(q.dtype).T).float()
+
+
+def _values(p: Tensor, v: Tensor) -> Tensor:
+    """(rows, keys) weights times (keys, Dv) values, the product in the wider model dtype of the two."""
+    return torch.mm(p, v.float())
+
+
+def _partial(s: Tensor, v: Tensor, o: Tensor, m: Tensor, l: Tensor) -> None:
+    """Softmax part of scores (rows, keys), overwritten, into o (rows, Dv), m and l (rows,)."""
+    torch.amax(s, 1, out=m)
+    s.sub_(m[:, None]).exp_()
+    torch.sum(s, 1, out=l)
+    torch.mm(s, v.float(), out=o)
+
+
+def _empty_part(rows: int, G: int, Dv: int) -> Part:
+    return Part(torch.empty(rows, G, Dv), torch.empty(rows, G), torch.empty(rows, G))
+
+
+def _tiles(rows: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _even_parts(items: list, parts: int) -> list[list]:
+    """Consecutive parts of about equal length."""
+    size = max(1, -(-len(items) // parts))
+    return [items[start : start + size] for start in range(0, len(items), size)]

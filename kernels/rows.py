@@ -26,7 +26,7 @@ def over_tasks(function: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
     Operations release the interpreter lock; tasks should last a millisecond or more.
     """
     threads = torch.get_num_threads()
-    if threads == 1 or len(items) == 1:
+    if threads == 1 or len(items) <= 1:
         return [function(item) for item in items]
     grad = torch.is_grad_enabled()
 
