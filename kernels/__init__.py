@@ -30,8 +30,6 @@ def nsa_attention(q: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
     return _implementation(q).nsa_attention(q, *args, **kwargs)
 
 
-def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, offset: int = 0, scale: float | None = None
-) -> Tensor:
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, offset: int = 0, scale: float | None = None) -> Tensor:
     """Causal full attention of T queries over offset+T keys. See `reference.dense_attention`."""
     return _implementation(q).dense_attention(q, k, v, offset=offset, scale=scale)

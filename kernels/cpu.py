@@ -13,12 +13,14 @@ Three passes over the queries of a chunk, each a list of independent tasks (`row
 A single query (decode) has its own pass without tiles. Same signatures and results as `reference`.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nsa_kernels.reference import block_importance, compress, select_blocks
+from nsa_kernels.reference import compress, select_blocks
 from nsa_kernels.rows import over_tasks
 from nsa_kernels.variant import Variant
 
@@ -27,10 +29,11 @@ __all__ = ["compress", "dense_attention", "nsa_attention"]
 TILE = 64  # queries per tile: with G = 3 and 1024 compressed keys the scores take 0.8 MB, about a core's L2
 MERGE_ROWS = 256
 GATHER_ROWS = 16
+LOG2_E = math.log2(math.e)  # in the scores, so that exp2 does: 1.8 G elements/s a thread, exp 0.3 in place
 
 
 class Part(NamedTuple):
-    """Unnormalized softmax over some of a row's keys: o = sum exp(s - m) v, l = sum exp(s - m), m = max s."""
+    """Unnormalized softmax over some of a row's keys: o = sum 2^(s - m) v, l = sum 2^(s - m), m = max s."""
 
     o: Tensor  # (..., G, Dv)
     m: Tensor  # (..., G)
@@ -55,14 +58,15 @@ def nsa_attention(
     """All three branches; shapes and results as in `reference.nsa_attention`. Keys may be of a narrower dtype."""
     T, HQ, D = q.shape
     HKV = k.shape[1]
-    scale = D**-0.5 if scale is None else scale
-    heads = []  # one per key head: its G query heads and its keys
+    scale = LOG2_E * (D**-0.5 if scale is None else scale)
+    heads = []
     for h in range(HKV):
         group = slice(h * (HQ // HKV), (h + 1) * (HQ // HKV))
+        q_slc = q[:, group] * scale
         heads.append(
             Head(
-                q=q[:, group] * scale,
-                q_cmp=None if q_cmp is None or q_cmp is q else q_cmp[:, group] * scale,
+                q=q_slc,
+                q_cmp=q_slc if q_cmp is None or q_cmp is q else q_cmp[:, group] * scale,
                 k=k[:, h],
                 v=v[:, h],
                 k_cmp=k_cmp[:, h],
@@ -72,18 +76,14 @@ def nsa_attention(
                 gates=gates[:, group],
             )
         )
-    if T == 1:
-        results = [_one_query(head, variant, offset) for head in heads]
-    else:
-        results = _many_queries(heads, variant, offset)
-    return torch.cat([o for o, _ in results], 1), torch.stack([blocks for _, blocks in results], 1)
+    return (_one_query if T == 1 else _many_queries)(heads, variant, offset)
 
 
 class Head(NamedTuple):
-    """One key head and the query heads of its group; queries carry the softmax scale."""
+    """One key head and the G query heads of its group; queries carry the softmax scale, times log2 e for exp2."""
 
     q: Tensor  # (T, G, D)
-    q_cmp: Tensor | None  # (T, G, D) where the compressed branch has its own
+    q_cmp: Tensor  # (T, G, D), other than q only where compression is of un-roped keys
     k: Tensor  # (S, D)
     v: Tensor  # (S, Dv)
     k_cmp: Tensor  # (NC, D)
@@ -93,86 +93,103 @@ class Head(NamedTuple):
     gates: Tensor  # (T, G, 3)
 
 
-def _many_queries(heads: list[Head], variant: Variant, offset: int) -> list[tuple[Tensor, Tensor]]:
+def _many_queries(heads: list[Head], variant: Variant, offset: int) -> tuple[Tensor, Tensor]:
     T, G, _ = heads[0].q.shape
-    Dv, n = heads[0].v.shape[1], variant.select_count
-    outputs = [head.q.new_empty(T, G, Dv) for head in heads]
-    chosen = [torch.empty(T, n, dtype=torch.int32) for _ in heads]
+    Dv = heads[0].v.shape[1]
+    outputs = heads[0].q.new_empty(T, len(heads), G, Dv)
+    chosen = torch.empty(T, len(heads), variant.select_count, dtype=torch.int32)
     forced = [_empty_part(T, G, Dv) for _ in heads]
 
-    def dense_parts(task: tuple[int, slice]) -> None:
-        h, rows = task
-        importance = _compressed_branch(heads[h], rows, variant, offset, outputs[h])
-        chosen[h][rows] = select_blocks(importance[:, None], variant, offset + rows.start)[:, 0]
-        _forced_blocks(heads[h], rows, variant, offset, forced[h])
-        _window_branch(heads[h], rows, variant, offset, outputs[h])
+    def dense_parts(rows: slice) -> None:
+        tile = [head._replace(q=head.q[rows], q_cmp=head.q_cmp[rows], gates=head.gates[rows]) for head in heads]
+        first, out = offset + rows.start, outputs[rows].unbind(1)
+        importance = _compressed_branch(tile, variant, first, out)
+        chosen[rows] = select_blocks(importance, variant, first)
+        _window_branch(tile, variant, first, out)
+        _forced_blocks(tile, variant, first, [Part(*(x[rows] for x in part)) for part in forced])
 
-    over_tasks(dense_parts, [(h, rows) for h in range(len(heads)) for rows in _tiles(T, TILE)])
+    over_tasks(dense_parts, _tiles(T, TILE))
     for h, head in enumerate(heads):
-        free = _free_choices(chosen[h], variant, offset)
-        parts, position = _chosen_blocks(head, free, variant)
+        parts, position = _chosen_blocks(head, _free_choices(chosen[:, h], variant, offset), variant)
 
         def merge(rows: slice, h=h, parts=parts, position=position) -> None:
-            slc = _merge(forced[h], parts, position, rows)
-            outputs[h][rows] += heads[h].gates[rows, :, 1:2] * slc.to(outputs[h].dtype)
+            o_slc = _merge(forced[h], parts, position, rows)
+            outputs[rows, h] += heads[h].gates[rows, :, 1:2] * o_slc.to(outputs.dtype)
 
         over_tasks(merge, _tiles(T, MERGE_ROWS))
-    return list(zip(outputs, chosen, strict=True))
+    return outputs.flatten(1, 2), chosen
 
 
-def _compressed_branch(head: Head, rows: slice, variant: Variant, offset: int, out: Tensor) -> Tensor:
-    """Writes g_cmp * o_cmp to out[rows]; returns block importance (R, NB) for the blocks that exist by then."""
-    q = head.q[rows] if head.q_cmp is None else head.q_cmp[rows]
-    R, G, _ = q.shape
-    position = torch.arange(offset + rows.start, offset + rows.stop)
-    NB = variant.block_count(offset + rows.stop)
-    seen = variant.compressed_count(offset + rows.start + 1)  # blocks that the tile's first query sees
-    NC = variant.compressed_count(offset + rows.stop)  # ... and its last one
+def _compressed_branch(tile: list[Head], variant: Variant, first: int, out: Sequence[Tensor]) -> Tensor:
+    """Writes g_cmp * o_cmp to out, (R, G, Dv) per head, for R queries from position `first` on.
+
+    Returns block importance (R, HKV, NB) for the blocks that exist by the last of them.
+    """
+    R, G, _ = tile[0].q.shape
+    NB = variant.block_count(first + R)
+    seen = variant.compressed_count(first + 1)  # blocks that the first query sees
+    NC = variant.compressed_count(first + R)  # ... and the last one
+    importance = torch.zeros(R, len(tile), NB)
     if NC == 0:
-        out[rows] = 0
-        return torch.zeros(R, NB)
-    p = _scores(q, head.k_cmp[:NC]).view(R, G, NC)
-    if seen < NC:
-        ends = torch.arange(seen, NC) * variant.compress_stride + variant.compress_block - 1
-        p[:, :, seen:].masked_fill_((ends > position[:, None])[:, None], -torch.inf)
-    p = torch.softmax(p, -1)
-    if seen == 0:
-        p = p.nan_to_num(0.0)  # rows that see no block
-    o = _values(p.view(R * G, NC), head.v_cmp[:NC]).view(R, G, -1)
-    out[rows] = head.gates[rows, :, :1] * o.to(out.dtype)
-    return block_importance(p, 1, variant, NB)[:, 0]
+        for o in out:
+            o.zero_()
+        return importance
+    ends = torch.arange(seen, NC) * variant.compress_stride + variant.compress_block - 1
+    mask = _mask(ends <= torch.arange(first, first + R)[:, None])  # (R, NC - seen): the others are visible to all
+    for h, head in enumerate(tile):
+        s = _scores(head.q_cmp, head.k_cmp[:NC])
+        s.view(R, G, NC)[:, :, seen:].add_(mask[:, None])
+        m = s.amax(1, keepdim=True)
+        if seen == 0:
+            m = m.clamp(min=torch.finfo(s.dtype).min)  # rows that see no block: p = 0, not NaN
+        p = s.sub_(m).exp2_()
+        p.mul_(p.sum(1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny).reciprocal())
+        o = _values(p, head.v_cmp[:NC]).view(R, G, -1)
+        torch.mul(o.to(out[h].dtype), head.gates[..., :1], out=out[h])
+        _add_importance(p.view(R, G, NC).sum(1), variant, importance[:, h])
+    return importance
 
 
-def _window_branch(head: Head, rows: slice, variant: Variant, offset: int, out: Tensor) -> None:
-    """Adds g_swa * o_swa to out[rows]."""
+def _add_importance(p: Tensor, variant: Variant, importance: Tensor) -> None:
+    """Eq. 9: adds the group's compression probabilities (R, NC) to the importance of selection blocks (R, NB)."""
+    ratio = variant.select_block // variant.compress_stride
+    for offset, weight in variant.importance_weights.items():
+        first = max(0, -(offset // ratio))  # the first block whose term is not before block 0
+        terms = p[:, first * ratio + offset :: ratio][:, : importance.shape[1] - first]
+        importance[:, first : first + terms.shape[1]].add_(terms, alpha=weight)
+
+
+def _window_branch(tile: list[Head], variant: Variant, first: int, out: Sequence[Tensor]) -> None:
+    """Adds g_swa * o_swa to out, (R, G, Dv) per head."""
     if variant.window == 0:
         return
-    first, stop = offset + rows.start, offset + rows.stop
-    low = max(0, first - variant.window + 1)
+    R, G, _ = tile[0].q.shape
+    stop, low = first + R, max(0, first - variant.window + 1)
     position, token = torch.arange(first, stop)[:, None], torch.arange(low, stop)
-    hidden = (token > position) | (token <= position - variant.window)  # (R, keys)
-    q = head.q[rows]
-    R, G, _ = q.shape
-    p = _scores(q, head.k_swa[low:stop]).view(R, G, -1)
-    p = torch.softmax(p.masked_fill_(hidden[:, None], -torch.inf), -1)
-    o = _values(p.view(R * G, -1), head.v_swa[low:stop]).view(R, G, -1)
-    out[rows] += head.gates[rows, :, 2:] * o.to(out.dtype)
+    mask = _mask((token <= position) & (token > position - variant.window))  # (R, keys)
+    for o, head in zip(out, tile, strict=True):
+        s = _scores(head.q, head.k_swa[low:stop])
+        s.view(R, G, -1).add_(mask[:, None])
+        p = s.sub_(s.amax(1, keepdim=True)).exp2_()
+        weight = head.gates[..., 2] / p.sum(1).view(R, G)
+        o.addcmul_(_values(p, head.v_swa[low:stop]).view(R, G, -1).to(o.dtype), weight[..., None].to(o.dtype))
 
 
-def _forced_blocks(head: Head, rows: slice, variant: Variant, offset: int, part: Part) -> None:
-    """The selected branch over the initial and local blocks of a tile's queries, into part[rows]."""
-    size, first, stop = variant.select_block, offset + rows.start, offset + rows.stop
+def _forced_blocks(tile: list[Head], variant: Variant, first: int, parts: list[Part]) -> None:
+    """The selected branch over the initial and local blocks of a tile's queries, one part a head."""
+    size, (R, G, _) = variant.select_block, tile[0].q.shape
+    stop = first + R
     initial = min(variant.initial_blocks * size, stop)
     low = max(initial, (first // size - variant.local_blocks + 1) * size)
     position = torch.arange(first, stop)[:, None]
     token = torch.cat([torch.arange(initial), torch.arange(low, stop)])
     local = token >= (position // size - variant.local_blocks + 1) * size
-    visible = (token <= position) & (local | (token < initial))
-    k, v = (torch.cat([x[:initial], x[low:stop]]) for x in (head.k, head.v))
-    q = head.q[rows]
-    R, G, _ = q.shape
-    s = _scores(q, k).view(R, G, -1).masked_fill_(~visible[:, None], -torch.inf).view(R * G, -1)
-    _partial(s, v, part.o[rows].view(R * G, -1), part.m[rows].view(-1), part.l[rows].view(-1))
+    mask = _mask((token <= position) & (local | (token < initial)))  # (R, keys)
+    for part, head in zip(parts, tile, strict=True):
+        k, v = (torch.cat([x[:initial], x[low:stop]]) for x in (head.k, head.v))
+        s = _scores(head.q, k)
+        s.view(R, G, -1).add_(mask[:, None])
+        _partial(s, v, part.o.view(R * G, -1), part.m.view(-1), part.l.view(-1))
 
 
 def _free_choices(chosen: Tensor, variant: Variant, offset: int) -> Tensor:
@@ -240,7 +257,7 @@ def _by_query(head: Head, free: Tensor, variant: Variant) -> tuple[Part, Tensor]
         absent = (free[rows] < 0).repeat_interleave(variant.select_block, 1)
         s.masked_fill_(absent[:, None], -torch.inf)
         m = s.amax(-1).clamp(min=torch.finfo(s.dtype).min)  # finite where a query has no free choice at all
-        p = torch.exp(s - m[..., None])
+        p = s.sub_(m[..., None]).exp2_()
         part.m[rows], part.l[rows] = m, p.sum(-1)
         part.o[rows] = torch.bmm(p.to(v.dtype), v.view(R, -1, v.shape[-1])).float()
 
@@ -257,30 +274,39 @@ def _merge(forced: Part, parts: Part, position: Tensor, rows: slice) -> Tensor:
     flat = index.clamp(min=0).flatten()
     m = parts.m.index_select(0, flat).view(R, F, -1).masked_fill_((index < 0)[:, :, None], -torch.inf)
     top = torch.maximum(forced.m[rows], m.amax(1))  # (R, G)
-    w = torch.exp(m - top[:, None])  # (R, F, G)
-    w0 = torch.exp(forced.m[rows] - top)
+    w = torch.exp2(m - top[:, None])  # (R, F, G)
+    w0 = torch.exp2(forced.m[rows] - top)
     l = w0 * forced.l[rows] + (w * parts.l.index_select(0, flat).view(R, F, -1)).sum(1)
     o = parts.o.index_select(0, flat).view(R, F, *parts.o.shape[1:]).mul_(w[..., None]).sum(1)
     return (o + w0[..., None] * forced.o[rows]) / l[..., None]
 
 
-def _one_query(head: Head, variant: Variant, offset: int) -> tuple[Tensor, Tensor]:
-    """A decode step: o (1, G, Dv) and blocks (1, n). Every product is a thin one, bound by reading the keys."""
-    out = torch.empty(1, head.q.shape[1], head.v.shape[1], dtype=head.q.dtype)
-    rows = slice(0, 1)
-    importance = _compressed_branch(head, rows, variant, offset, out)
-    blocks = select_blocks(importance[:, None], variant, offset)[0]  # (1, n)
-    chosen = blocks[blocks >= 0].long()
+def _one_query(heads: list[Head], variant: Variant, offset: int) -> tuple[Tensor, Tensor]:
+    """A decode step. Every product is a thin one, bound by reading the keys."""
+    _, G, _ = heads[0].q.shape
+    out = torch.empty(len(heads), 1, G, heads[0].v.shape[1], dtype=heads[0].q.dtype)
+    importance = _compressed_branch(heads, variant, offset, out)
+    blocks = select_blocks(importance, variant, offset)  # (1, HKV, n)
     size = variant.select_block
-    token = (chosen[:, None] * size + torch.arange(size)).flatten()
-    token = token[: (chosen.numel() - 1) * size + offset % size + 1]  # the last block is the query's own
-    p = torch.softmax(_scores(head.q, head.k.index_select(0, token)), -1)
-    out += head.gates[:, :, 1:2] * _values(p, head.v.index_select(0, token)).to(out.dtype)[None]
     low = max(0, offset - variant.window + 1)
-    if variant.window:
-        p = torch.softmax(_scores(head.q, head.k_swa[low : offset + 1]), -1)
-        out += head.gates[:, :, 2:] * _values(p, head.v_swa[low : offset + 1]).to(out.dtype)[None]
-    return out, blocks
+    for h, head in enumerate(heads):
+        index = blocks[0, h]
+        index = index[index >= 0].long()
+        token = (index[:, None] * size + torch.arange(size)).flatten()
+        token = token[: (index.numel() - 1) * size + offset % size + 1]  # the last block is the query's own
+        o_slc = _attend(head.q, head.k.index_select(0, token), head.v.index_select(0, token))
+        out[h] += head.gates[..., 1:2] * o_slc.to(out.dtype)
+        if variant.window:
+            o_swa = _attend(head.q, head.k_swa[low : offset + 1], head.v_swa[low : offset + 1])
+            out[h] += head.gates[..., 2:] * o_swa.to(out.dtype)
+    return out.view(1, -1, out.shape[-1]), blocks
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One query's heads (1, G, D) over all of the given keys: (G, Dv) in float32."""
+    s = _scores(q, k)
+    p = s.sub_(s.amax(1, keepdim=True)).exp2_()
+    return _values(p, v) / p.sum(1, keepdim=True)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, offset: int = 0, scale: float | None = None) -> Tensor:
@@ -302,6 +328,11 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, offset: int = 0, scale: 
     return o.permute(2, 0, 1, 3).reshape(T, HQ, v.shape[-1])
 
 
+def _mask(visible: Tensor) -> Tensor:
+    """0 where visible, -inf elsewhere: adding it took 24 us where a broadcast masked_fill_ took 393 (192 x 640)."""
+    return torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)
+
+
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     """(..., D) queries times (keys, D), flat: (rows, keys) in float32."""
     return torch.mm(q.reshape(-1, q.shape[-1]), k.to(q.dtype).T).float()
@@ -315,7 +346,7 @@ def _values(p: Tensor, v: Tensor) -> Tensor:
 def _partial(s: Tensor, v: Tensor, o: Tensor, m: Tensor, l: Tensor) -> None:
     """Softmax part of scores (rows, keys), overwritten, into o (rows, Dv), m and l (rows,)."""
     torch.amax(s, 1, out=m)
-    s.sub_(m[:, None]).exp_()
+    s.sub_(m[:, None]).exp2_()
     torch.sum(s, 1, out=l)
     torch.mm(s, v.float(), out=o)
 

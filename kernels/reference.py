@@ -166,21 +166,20 @@ def nsa_attention(
     queries of the compressed branch where they differ (un-roped compression); k_swa, v_swa: keys of the window
     branch where it has its own. Returns o (T, HQ, Dv) and block_indices (T, HKV, n) int32.
     """
-    HKV = k.shape[1]
+    HKV, S = k.shape[1], offset + q.shape[0]
+    NC = variant.compressed_count(S)
+    k, v, k_cmp, v_cmp = k[:S], v[:S], k_cmp[:NC], v_cmp[:NC]
+    k_swa, v_swa = k if k_swa is None else k_swa[:S], v if v_swa is None else v_swa[:S]
     o_cmp, p_cmp = compressed_attention(q if q_cmp is None else q_cmp, k_cmp, v_cmp, variant, offset, scale)
-    importance = block_importance(p_cmp.detach(), HKV, variant, variant.block_count(offset + q.shape[0]))
+    importance = block_importance(p_cmp.detach(), HKV, variant, variant.block_count(S))
     block_indices = select_blocks(importance, variant, offset)
     o_slc = selected_attention(q, k, v, block_indices, variant, offset, scale)
-    o_swa = window_attention(
-        q, k if k_swa is None else k_swa, v if v_swa is None else v_swa, variant, offset, scale
-    )
+    o_swa = window_attention(q, k_swa, v_swa, variant, offset, scale)
     g_cmp, g_slc, g_swa = gates.unsqueeze(-1).unbind(2)  # each (T, HQ, 1)
     return g_cmp * o_cmp + g_slc * o_slc + g_swa * o_swa, block_indices
 
 
-def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, offset: int = 0, scale: float | None = None
-) -> Tensor:
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, offset: int = 0, scale: float | None = None) -> Tensor:
     """Causal full attention, what NSA is compared with. Shapes as in `nsa_attention`; returns (T, HQ, Dv)."""
     causal = torch.arange(k.shape[0], device=q.device) <= _positions(q, offset)[:, None]
     return _attend(q, k, v, causal[:, None, :], scale)[0]

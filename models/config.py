@@ -86,9 +86,7 @@ class NSAConfig:
         choices = {"compress_kind": ("mean", "linear", "mlp"), "compress_rope": ("before", "after", "none")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ModelError(
-                    f"config: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
+                raise ModelError(f"config: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         try:
             set_(self, "variant", Variant(**{f.name: getattr(self, f.name) for f in fields(Variant)}))
         except ValueError as error:

@@ -54,9 +54,7 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, **factory)
         self.mlp = MLP(config, **factory)
 
-    def forward(
-        self, x: Tensor, rope: Rope, angles: tuple[Tensor, Tensor], cache: Cache, dense: bool
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, angles: tuple[Tensor, Tensor], cache: Cache, dense: bool) -> Tensor:
         """x: (T, H), updated. Returns the chosen blocks (T, HKV, n), or nothing to choose (T, HKV, 0) if dense."""
         attn, T = self.attn, x.shape[0]
         start, (cos, sin) = cache.length, angles
