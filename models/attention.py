@@ -77,9 +77,7 @@ class Attention(nn.Module):
         self.compress_k = _compression(config, D, True, **factory)
         self.compress_v = _compression(config, Dv, False, **factory)
 
-    def project(
-        self, h: Tensor, cos: Tensor, sin: Tensor, cache: Cache, start: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, h: Tensor, cos: Tensor, sin: Tensor, cache: Cache, start: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of (T, H) normed inputs at tokens start .. start+T-1; keys and values go to the cache.
 
         Returns q (T, HQ, D), the compressed branch's queries (the same unless un-roped) and gates (T, HQ, 3).

@@ -95,6 +95,4 @@ def buffer_shapes(config: NSAConfig, capacity: int) -> dict[str, tuple[int, int,
             "k_src": (capacity, D),
             "v_src": (capacity, Dv),
         }
-    return {
-        f"layers.{i}.{n}": (H, *size) for i in range(config.num_hidden_layers) for n, size in names.items()
-    }
+    return {f"layers.{i}.{n}": (H, *size) for i in range(config.num_hidden_layers) for n, size in names.items()}

@@ -22,9 +22,7 @@ def cache_bytes(config: NSAConfig, tokens: int, kv_bytes: int = 2, compressed_by
 
 def parameter_count(config: NSAConfig) -> int:
     """Parameters without biases and compression weights: what weights in memory and a token's products amount to."""
-    return linear_parameters(config) + config.vocab_size * config.hidden_size * (
-        1 if config.tie_word_embeddings else 2
-    )
+    return linear_parameters(config) + config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
 
 
 def linear_parameters(config: NSAConfig) -> int:

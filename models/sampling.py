@@ -21,9 +21,7 @@ class Sampling:
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must lie between {low:g} and {high:g}, got {getattr(self, name)}")
         if self.temperature < 0 or self.repeat_penalty <= 0 or self.top_k < 0 or self.max_tokens < 1:
-            raise ValueError(
-                "temperature and top_k must be at least 0, repeat_penalty above 0, max_tokens at least 1"
-            )
+            raise ValueError("temperature and top_k must be at least 0, repeat_penalty above 0, max_tokens at least 1")
 
 
 class Sampler:

@@ -13,9 +13,7 @@ class SelectionCount:
         """capacity: the most tokens that queries may see."""
         self.variant = config.variant
         blocks = self.variant.block_count(capacity)
-        self.counts = torch.zeros(
-            blocks, dtype=torch.float64
-        )  # (NB,) times chosen, over layers, heads and queries
+        self.counts = torch.zeros(blocks, dtype=torch.float64)  # (NB,) times chosen, over layers, heads and queries
         self.expected = torch.zeros(blocks, dtype=torch.float64)  # (NB,) the same if chosen at random
 
     def add(self, block_indices: Tensor, offset: int) -> None:
