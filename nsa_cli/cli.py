@@ -1,0 +1,121 @@
+"""`nsa`: the group of commands, and the one place where errors become a line on stderr and an exit code."""
+
+import difflib
+import importlib
+import os
+import sys
+
+import click
+
+from nsa_cli.output import TRACEBACKS, Verbosity, verbosity, verbosity_options
+from nsa_models.errors import NSAError
+
+# Name -> (module with a click command called `command`, one line of help). Modules load when their command runs.
+COMMANDS = {
+    "ask": ("nsa_cli.commands.ask", "Answer a question about files, folders or piped text."),
+    "summarize": ("nsa_cli.commands.summarize", "Summarize files, folders or piped text."),
+    "plan": ("nsa_cli.commands.plan", "Show what a question would read: files, tokens, memory, time."),
+    "models": ("nsa_cli.commands.models", "Install, list and inspect checkpoints."),
+    "convert": ("nsa_cli.commands.convert", "Make an NSA checkpoint from a dense one."),
+    "cache": ("nsa_cli.commands.cache", "List and remove stored contexts."),
+    "bench": ("nsa_cli.commands.bench", "Measure prefill and decode speed on this machine."),
+}
+INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as the shell reports them
+
+
+class LazyGroup(click.Group):
+    """Knows its commands by name; imports one only to run it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        return importlib.import_module(COMMANDS[name][0]).command if name in COMMANDS else None
+
+    def resolve_command(self, ctx: click.Context, args: list[str]):
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            ctx.fail(f"no command {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="nsa", message="%(prog)s %(version)s")
+@verbosity_options
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Ask questions of whole repositories and books, with Native Sparse Attention on this machine.
+
+    \b
+      nsa ask src/ "where is the retry policy set?"
+      nsa summarize book.txt
+      git diff | nsa ask "what does this change?"
+
+    \b
+    Exit codes: 0 ok, 1 failure, 2 usage, 3 input missing or unreadable, 4 over budget, 5 model unusable,
+    6 check failed, 7 batch partly failed, 130 interrupted, 141 pipe closed.
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+def main() -> None:
+    """The `nsa` program."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets '?', not an error
+    try:
+        code = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes stdout once more when it ends
+        code = PIPE_CLOSED
+    sys.exit(code)
+
+
+def run(args: list[str]) -> int:
+    """Run one command line; return its exit code. Only BrokenPipeError gets out."""
+    try:
+        with cli.make_context("nsa", list(args), obj=Verbosity()) as context:
+            try:
+                cli.invoke(context)
+            except (BrokenPipeError, click.exceptions.Exit, click.Abort):
+                raise
+            except Exception as error:  # while the context still knows the verbosity
+                return report(error)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        return report(error)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("nsa: interrupted", err=True)
+        return INTERRUPTED
+    return 0
+
+
+def report(error: Exception) -> int:
+    """Say what went wrong in one line on stderr; return the exit code."""
+    if verbosity() >= TRACEBACKS:
+        import traceback
+
+        traceback.print_exception(error)
+    if isinstance(error, NSAError):
+        return _fail(str(error), error.exit_code)
+    if isinstance(error, click.ClickException):
+        context = getattr(error, "ctx", None)
+        hint = f"\nTry '{context.command_path} --help'." if context else ""
+        return _fail(error.format_message().rstrip("."), error.exit_code, hint)
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return _fail("out of memory; close other programs, or read less (nsa plan shows what a context needs)", 1)
+    if isinstance(error, OSError) and error.strerror:
+        return _fail(": ".join(filter(None, (error.filename and os.fsdecode(error.filename), error.strerror))), 1)
+    return _fail(f"unexpected {type(error).__name__}: {error}; -vv shows where", 1)
+
+
+def _fail(message: str, code: int, hint: str = "") -> int:
+    click.echo(f"nsa: {' '.join(message.split())}{hint}", err=True)
+    return code
