@@ -4,20 +4,30 @@ import difflib
 from dataclasses import asdict, dataclass, field, fields
 
 from nsa_kernels.variant import Variant
-
 from nsa_models.errors import ModelError
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """YaRN (arXiv 2309.00071). The factor in use is the smallest power of two that covers the context, at most
-    `factor`; a context within `original_max_position_embeddings` runs unscaled, exactly as the base model does.
+    """How rotary frequencies change for contexts beyond the trained length.
+
+    `yarn` (arXiv 2309.00071), `llama3` and `linear` always apply. `dynamic_yarn` is YaRN with the smallest power of
+    two that covers the context, at most `factor`: a context within the trained length runs unscaled, as the base does.
     """
 
     factor: float
     original_max_position_embeddings: int
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    kind: str = "dynamic_yarn"
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("yarn", "dynamic_yarn", "llama3", "linear"):
+            raise ModelError(
+                f"config: rope_scaling kind must be yarn, dynamic_yarn, llama3 or linear, got {self.kind!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,10 @@ class NSAConfig:
         if not self.v_head_dim:
             set_(self, "v_head_dim", self.head_dim)
         if isinstance(self.rope_scaling, dict):
-            set_(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+            try:
+                set_(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+            except TypeError as error:
+                raise ModelError(f"config: rope_scaling: {error}") from None
         set_(self, "eos_token_ids", tuple(self.eos_token_ids))
         for name in (
             "vocab_size",
@@ -93,12 +106,13 @@ class NSAConfig:
             raise ModelError(f"config: {error}") from None
 
     def rope_factor(self, tokens: int) -> float:
-        """The YaRN factor for a context of up to `tokens` tokens: 1 within the trained length, else a power of two.
-
-        Fixed for the whole context (rotated keys are cached), so that a short context is computed as trained.
-        """
+        """The factor for a context of up to `tokens` tokens, fixed for the whole of it (rotated keys are cached)."""
         scaling = self.rope_scaling
-        if scaling is None or tokens <= scaling.original_max_position_embeddings:
+        if scaling is None:
+            return 1.0
+        if scaling.kind != "dynamic_yarn":
+            return scaling.factor
+        if tokens <= scaling.original_max_position_embeddings:
             return 1.0
         ratio = -(-tokens // scaling.original_max_position_embeddings)
         return float(min(scaling.factor, 1 << (ratio - 1).bit_length()))

@@ -35,6 +35,6 @@ class Linear(nn.Module):
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A few rows times int8 weights. x in bfloat16: torch's float32 kernel is ten times slower (1.2 against 13 GB/s)."""
+    """A few rows times int8 weights, x in bfloat16: torch's float32 kernel read 2 GB/s where this one reads 21."""
     y = torch._weight_int8pack_mm(x.bfloat16(), weight, scale.bfloat16()).to(x.dtype)
     return y if bias is None else y + bias

@@ -1,11 +1,11 @@
-"""Rotary positions (half-split, NeoX order) with YaRN scaling (arXiv 2309.00071)."""
+"""Rotary positions (half-split, NeoX order) and their scaling for long contexts."""
 
 import math
 
 import torch
 from torch import Tensor
 
-from nsa_models.config import NSAConfig
+from nsa_models.config import NSAConfig, RopeScaling
 
 
 class Rope:
@@ -40,8 +40,18 @@ def _frequencies(config: NSAConfig, factor: float) -> tuple[Tensor, float]:
     scaling = config.rope_scaling
     if scaling is None or factor <= 1:
         return frequency, 1.0
-    # YaRN "NTK by parts": dimensions that turn more than beta_fast times within the trained context stay,
-    # those that turn less than beta_slow times are interpolated, a linear ramp between.
+    if scaling.kind == "linear":
+        return frequency / factor, 1.0
+    if scaling.kind == "llama3":
+        return _llama3(frequency, scaling), 1.0
+    return _yarn(frequency, config, factor), 0.1 * math.log(factor) + 1.0
+
+
+def _yarn(frequency: Tensor, config: NSAConfig, factor: float) -> Tensor:
+    """arXiv 2309.00071, "NTK by parts": dimensions that turn more than beta_fast times within the trained context
+    stay, those that turn less than beta_slow times are interpolated, a linear ramp between.
+    """
+    scaling = config.rope_scaling
     trained = scaling.original_max_position_embeddings
 
     def dimension(turns: float) -> float:
@@ -51,5 +61,12 @@ def _frequencies(config: NSAConfig, factor: float) -> tuple[Tensor, float]:
     high = min(math.ceil(dimension(scaling.beta_slow)), config.head_dim - 1)
     index = torch.arange(config.head_dim // 2, dtype=torch.float64)
     interpolate = ((index - low) / max(high - low, 1e-3)).clamp(0, 1)
-    frequency = frequency * (1 - interpolate) + frequency / factor * interpolate
-    return frequency, 0.1 * math.log(factor) + 1.0
+    return frequency * (1 - interpolate) + frequency / factor * interpolate
+
+
+def _llama3(frequency: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3.1: more than high_freq_factor turns within the trained context stay, less than low_freq_factor divide."""
+    turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * keep + frequency / scaling.factor * (1 - keep)
