@@ -1,0 +1,42 @@
+"""What training changed, kept apart from its base: a small safetensors file that is merged at install.
+
+A tensor named like a parameter replaces it (gates, compression, norms). `X.lora_up` (out, r) and `X.lora_down` (r, in)
+add up @ down to X (arXiv 2106.09685; scaling already multiplied in). Metadata `base_sha256` names the base file.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from nsa_models.errors import ModelError
+from nsa_models.formats import open_weights
+
+UP, DOWN = ".lora_up", ".lora_down"
+
+
+def merge_delta(tensors: Mapping[str, Tensor], file: Path, base_sha256: str) -> dict[str, Tensor]:
+    """`tensors` (float32) with the delta applied. Raises ModelError if it belongs to another base or does not fit."""
+    with open_weights(file, "pt") as delta:
+        made_for = (delta.metadata() or {}).get("base_sha256")
+        if made_for != base_sha256:
+            raise ModelError(f"{file}: made for the base {made_for}, not for {base_sha256}")
+        changes = {name: delta.get_tensor(name).float() for name in delta.keys()}  # noqa: SIM118 (not a dict)
+    merged = dict(tensors)
+    for name, change in changes.items():
+        target = name.removesuffix(UP).removesuffix(DOWN)
+        if target not in merged:
+            raise ModelError(f"{file}: {name} changes no parameter of the base")
+        if name.endswith(DOWN):
+            continue
+        if name.endswith(UP):
+            if target + DOWN not in changes:
+                raise ModelError(f"{file}: {name} has no {DOWN} beside it")
+            down = changes[target + DOWN]
+            if change.shape[1] != down.shape[0]:
+                raise ModelError(f"{file}: {target}: ranks {change.shape[1]} and {down.shape[0]} differ")
+            change = merged[target] + change @ down
+        if change.shape != merged[target].shape:
+            raise ModelError(f"{file}: {name} has shape {list(change.shape)}, not {list(merged[target].shape)}")
+        merged[target] = change
+    return merged

