@@ -47,13 +47,16 @@ class Cache:
         self.buffers = buffers
 
     @classmethod
-    def for_model(cls, model, capacity: int, rope_factor: float | None = None) -> "Cache":
+    def for_model(
+        cls, model, capacity: int, rope_factor: float | None = None, device: torch.device | str | None = None
+    ) -> "Cache":
         """The cache that `prefill` and `decode` use: keys and values in bfloat16 (half the memory; at 128k the
         built-in model's are 3 GB), compressed ones in the model's own dtype, since every step reads all of them.
+        device: None = the model's; "meta" = names, shapes and dtypes alone.
         """
         wide = model.dtype == torch.float64
         dtype = torch.float64 if wide else torch.bfloat16
-        return cls(model.config, capacity, model.device, dtype, model.dtype, rope_factor)
+        return cls(model.config, capacity, device or model.device, dtype, model.dtype, rope_factor)
 
     def buffer_dtype(self, name: str) -> torch.dtype:
         return self.compressed_dtype if name.endswith("_cmp") else self.dtype
@@ -74,12 +77,12 @@ class Cache:
             raise ValueError(f"cannot cut a cache of {self.length} tokens to {length}")
         self.length = length
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every buffer cut to what is filled, (HKV, length or compressed count, D) views."""
-        compressed = self.config.variant.compressed_count(self.length)
+    def tensors(self, length: int | None = None) -> dict[str, Tensor]:
+        """Every buffer cut to its first `length` tokens, None = all: (HKV, tokens or compressed blocks, D) views."""
+        length = self.length if length is None else length
+        compressed = self.config.variant.compressed_count(length)
         return {
-            name: buffer[:, : compressed if name.endswith("_cmp") else self.length]
-            for name, buffer in self.buffers.items()
+            name: buffer[:, : compressed if name.endswith("_cmp") else length] for name, buffer in self.buffers.items()
         }
 
 

@@ -1,0 +1,77 @@
+"""`nsa cache`: what is stored, and how to be rid of it."""
+
+import json
+import time
+
+import click
+
+from nsa_cli.output import say
+from nsa_cli.settings import cache_dir
+from nsa_cli.store import Entry, Store
+
+
+@click.group()
+def command() -> None:
+    """List and remove stored contexts.
+
+    A question about files that were read before starts from their stored context. The least recently used ones go
+    when the store is full; all may be removed at any time.
+
+    \b
+      nsa cache ls
+      nsa cache rm 3f09
+      nsa cache rm --all
+    """
+
+
+@command.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per stored context.")
+def ls(as_json: bool) -> None:
+    """List stored contexts, the last used first."""
+    entries = Store(cache_dir()).entries()
+    if as_json:
+        for entry in entries:
+            click.echo(json.dumps(_record(entry)))
+        return
+    if entries:
+        click.echo(f"{'id':12}  {'tokens':>9}  {'size':>8}  {'used':>8}  model")
+    for e in entries:
+        click.echo(f"{e.id[:12]}  {e.tokens:>9,}  {_size(e.bytes):>8}  {_age(time.time() - e.used):>8}  {e.model}")
+    say(f"{len(entries)} stored, {_size(sum(e.bytes for e in entries))}")
+
+
+@command.command()
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@click.option("--all", "everything", is_flag=True, help="Remove every stored context.")
+def rm(ids: tuple[str, ...], everything: bool) -> None:
+    """Remove stored contexts by id, or by as much of it as is unique."""
+    store = Store(cache_dir())
+    if bool(ids) == everything:
+        raise click.UsageError("name the ids to remove, or give --all")
+    if everything:
+        ids = tuple(entry.id for entry in store.entries())
+    removed = [store.remove(prefix) for prefix in ids]
+    say(f"removed {len(removed)}, {_size(sum(e.bytes for e in removed))}")
+
+
+@command.command()
+def path() -> None:
+    """Print the folder that holds the stored contexts."""
+    click.echo(Store(cache_dir()).root)
+
+
+def _record(entry: Entry) -> dict:
+    shown = ("id", "tokens", "bytes", "created", "used", "model")
+    return {"schema_version": 1} | {name: getattr(entry, name) for name in shown}
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _age(seconds: float) -> str:
+    """How long ago, in the largest unit that fits."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size:.0f} {unit}"
+    return "now"
