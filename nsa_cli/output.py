@@ -2,10 +2,14 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from nsa_cli.documents import Skip
 
 QUIET, NORMAL, VERBOSE, TRACEBACKS = -1, 0, 1, 2
 
@@ -53,6 +57,14 @@ def say(message: str, level: int = NORMAL) -> None:
 
 def warn(message: str) -> None:
     say(f"nsa: warning: {message}")
+
+
+def say_skipped(skips: Sequence["Skip"]) -> None:
+    """Name what was found and not read: a few of many, with -v all."""
+    shown = skips if verbosity() >= VERBOSE else skips[:3]
+    if skips:
+        more = f" and {len(skips) - len(shown)} more (-v names them)" if len(skips) > len(shown) else ""
+        say(f"nsa: not read: {', '.join(f'{skip.path} ({skip.reason})' for skip in shown)}{more}")
 
 
 @contextmanager

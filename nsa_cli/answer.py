@@ -1,0 +1,266 @@
+"""Context -> (stored cache | prefill) -> answer: the one line that ask and summarize share. Imports torch late."""
+
+import json
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+from nsa_cli.checkpoint import Checkpoint
+from nsa_cli.evidence import Evidence, find_evidence
+from nsa_cli.output import VERBOSE, emit, progress, say, warn
+from nsa_cli.settings import cache_dir
+from nsa_models.errors import BudgetError
+from nsa_models.sampling import Sampling
+
+if TYPE_CHECKING:
+    from nsa_cli.context import Context
+    from nsa_models import Cache
+
+SCHEMA_VERSION = 1
+STORED_BLOCK = 64  # stored contexts hold whole blocks of this many tokens
+
+
+@dataclass(frozen=True)
+class Request:
+    """How to answer, apart from the question and the document."""
+
+    sampling: Sampling = Sampling()
+    stop: tuple[str, ...] = ()
+    system: str | None = None  # None = the chat template's own
+    max_context: int | None = None  # most tokens of prompt and answer; None = what the model was made for
+    use_store: bool = True
+    evidence: int = 5  # most places to name
+
+
+@dataclass(frozen=True)
+class Usage:
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, from the store
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Timings:
+    load_s: float
+    prefill_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What `--json` prints. finish_reason: stop (the model or a stop string ended it), length or interrupted."""
+
+    text: str
+    evidence: list[Evidence] = field(repr=False)
+    usage: Usage
+    timings: Timings
+    model: str
+    finish_reason: str
+    shards: int = 1  # parts the document was read in
+
+    def to_json(self) -> dict:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "answer": self.text,
+            "evidence": [e.to_json() for e in self.evidence],
+            "usage": asdict(self.usage),
+            "timings": {name: round(seconds, 3) for name, seconds in asdict(self.timings).items()},
+            "model": self.model,
+            "finish_reason": self.finish_reason,
+            "shards": self.shards,
+        }
+
+
+def answer(
+    checkpoint: Checkpoint,
+    context: "Context",
+    question: str,
+    request: Request,
+    tell: Callable[[str], None],
+) -> Answer:
+    """Read the context, or find it read in the store, and answer the question. tell: gets the text as it comes.
+
+    What is stored ends at a block border before the question, and a stored context is entered at that same border: the
+    model computes the same either way. Ctrl-C while generating keeps what was said; while reading, what was read.
+    Raises BudgetError if prompt and answer do not fit the model, --max-context or memory.
+    """
+    before, after = checkpoint.tokenizer.prompt(question, request.system)
+    prompt = before + context.ids + after
+    capacity = len(prompt) + request.sampling.max_tokens
+    check_fit(checkpoint, context, question, request, capacity)
+
+    start = time.perf_counter()
+    model = checkpoint.model
+    loaded = time.perf_counter()
+
+    from nsa_models import prefill
+    from nsa_models.selection import SelectionCount
+
+    shared = (len(prompt) - len(after)) // STORED_BLOCK * STORED_BLOCK
+    cache, stored = read(checkpoint, prompt, shared, capacity, request.use_store)
+    selection = SelectionCount(model.config, cache.capacity)
+    logits = prefill(model, prompt[cache.length :], cache, selection=selection)
+    prefilled = time.perf_counter()
+
+    text, tokens, finish_reason = generate(checkpoint, cache, logits, request, selection, tell)
+    return Answer(
+        text,
+        find_evidence(selection, context, len(before), request.evidence),
+        Usage(len(prompt), stored, tokens),
+        Timings(loaded - start, prefilled - loaded, time.perf_counter() - prefilled),
+        checkpoint.name,
+        finish_reason,
+    )
+
+
+def silent(text: str) -> None:
+    """What to tell nobody with."""
+
+
+def document_room(checkpoint: Checkpoint, question: str, request: Request) -> int:
+    """Document tokens that fit beside the question and the answer."""
+    limit = min(checkpoint.config.max_position_embeddings, request.max_context or 1 << 62)
+    before, after = checkpoint.tokenizer.prompt(question, request.system)
+    around = len(before) + len(after) + request.sampling.max_tokens
+    if around >= limit:
+        raise BudgetError(
+            f"the question and up to {request.sampling.max_tokens:,} answer tokens take {around:,} tokens; "
+            f"the context holds {limit:,}: lower --max-tokens or ask a shorter question"
+        )
+    return limit - around
+
+
+def check_fit(checkpoint: Checkpoint, context: "Context", question: str, request: Request, capacity: int) -> None:
+    """Refuse, before anything is allocated, what fits neither the model nor memory."""
+    import psutil
+
+    from nsa_cli.context import check_budget
+    from nsa_models.cost import estimate_memory
+    from nsa_models.formats import weights_bytes
+
+    check_budget(len(context.ids), document_room(checkpoint, question, request), context.files)
+    weights = 0 if checkpoint.loaded else weights_bytes(checkpoint.directory)
+    available = psutil.virtual_memory().available
+    needed = estimate_memory(checkpoint.config, capacity, weights)
+    if needed > available:
+        fits = bisect_right(range(capacity), available, key=lambda n: estimate_memory(checkpoint.config, n, weights))
+        raise BudgetError(
+            f"{capacity:,} tokens need {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free; "
+            f"about {max(fits - 1, 0):,} tokens would fit"
+        )
+
+
+def read(
+    checkpoint: Checkpoint, prompt: Sequence[int], shared: int, capacity: int, use_store: bool
+) -> tuple["Cache", int]:
+    """A cache of `capacity` tokens holding at least the prompt's first `shared`, and how many came from the store."""
+    from nsa_cli.store import Store
+    from nsa_models import Cache, prefill
+
+    model, digest = checkpoint.model, checkpoint.tokenizer.digest
+    store = Store(cache_dir()) if use_store and shared else None
+    found = store.open(model, digest, prompt[: shared + 1], capacity) if store else ""
+    reason = found if isinstance(found, str) else found.note
+    if reason:
+        say(f"store: {reason}", VERBOSE)
+    cache = Cache.for_model(model, capacity) if isinstance(found, str) else found.cache
+    stored = cache.length
+    if stored < shared:
+        try:
+            with progress("reading", shared - stored) as advance:
+                prefill(model, prompt[stored:shared], cache, progress=advance)
+        finally:  # what was read before Ctrl-C counts next time
+            refusal = store and store.save(model, digest, prompt[:shared], cache, checkpoint.name)
+            if refusal:
+                warn(f"this context is not stored: {refusal}")
+    return cache, stored
+
+
+def generate(checkpoint, cache, logits, request: Request, selection, tell: Callable) -> tuple[str, int, str]:
+    """Decode to text, piece by piece. Returns the text, the tokens it took and the finish reason."""
+    from nsa_models import decode
+
+    tokenizer, most = checkpoint.tokenizer, request.sampling.max_tokens
+    stream, stops = tokenizer.stream(), StopStrings(request.stop)
+    pieces: list[str] = []
+    tokens, interrupted = 0, False
+
+    def out(text: str) -> None:
+        text = text if pieces else text.lstrip()
+        if text:
+            pieces.append(text)
+            tell(text)
+
+    try:
+        for token in decode(
+            checkpoint.model, cache, logits, request.sampling, eos_ids=tokenizer.eos_ids, selection=selection
+        ):
+            tokens += 1
+            out(stops.push(stream.push(token)))
+            if stops.found:
+                break
+    except KeyboardInterrupt:
+        interrupted = True
+    if not stops.found:
+        out(stops.push(stream.end()) + stops.end())
+    reason = "interrupted" if interrupted else "stop" if stops.found or tokens < most else "length"
+    return "".join(pieces), tokens, reason
+
+
+class StopStrings:
+    """Passes text on up to the first stop string; holds back what may still become one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = stops
+        self.held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """Text that is certain to come before any stop string."""
+        text, self.held = self.held + text, ""
+        hits = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
+        if self.found or hits:
+            self.found = True
+            return text[: min(hits, default=0)]
+        starts = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        cut = len(text) - max(starts, default=0)
+        self.held = text[cut:]
+        return text[:cut]
+
+    def end(self) -> str:
+        """What was held back, when no text will follow."""
+        text, self.held = self.held, ""
+        return text
+
+
+def show(reply: Answer, as_json: bool) -> None:
+    """End the answer on stdout, or print it as JSON; evidence and timings on stderr."""
+    if as_json:
+        emit(json.dumps(reply.to_json(), ensure_ascii=False) + "\n")
+    elif not reply.text.endswith("\n"):
+        emit("\n")
+    for place in reply.evidence:
+        say(str(place))
+    if reply.finish_reason == "length":
+        warn(f"the answer was cut at {reply.usage.completion_tokens:,} tokens; --max-tokens gives it more")
+    if not reply.text:
+        warn("the model ended its answer before the first word")
+    say(timing_line(reply))
+    if reply.finish_reason == "interrupted":
+        raise KeyboardInterrupt
+
+
+def timing_line(reply: Answer) -> str:
+    use, took = reply.usage, reply.timings
+    read = use.prompt_tokens - use.cached_tokens
+    stored = f" ({use.cached_tokens:,} stored)" if use.cached_tokens else ""
+    return (
+        f"prefill {use.prompt_tokens:,} tokens{stored} in {took.prefill_s:.1f} s, {_rate(read, took.prefill_s)} · "
+        f"{use.completion_tokens:,} tokens in {took.decode_s:.1f} s, {_rate(use.completion_tokens, took.decode_s)}"
+    )
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    return f"{tokens / max(seconds, 1e-9):,.0f} tokens/s"

@@ -1,0 +1,59 @@
+"""The checkpoint that a command works with: found by name, loaded part by part. Imports torch late."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nsa_cli.output import say
+from nsa_cli.settings import resolve_model
+from nsa_models.errors import ModelError
+
+if TYPE_CHECKING:
+    from nsa_models import NSAConfig, NSAModel
+    from nsa_models.tokenizer import Tokenizer
+
+
+class Checkpoint:
+    """A checkpoint by name. Each part is read when first asked for, so that a mistake in the input costs no time."""
+
+    def __init__(self, name: str | None = None, device: str | None = None, threads: int | None = None) -> None:
+        self.requested, self.device, self.threads = name, device, threads
+
+    @property
+    def name(self) -> str:
+        return self.directory.resolve().name
+
+    @cached_property
+    def directory(self) -> Path:
+        return resolve_model(self.requested)
+
+    @cached_property
+    def tokenizer(self) -> "Tokenizer":
+        from nsa_models import load_tokenizer
+
+        tokenizer = load_tokenizer(self.directory)
+        if not tokenizer.has_chat_template:
+            say(f"nsa: {self.name} has no chat template; asking in a plain layout: document, Question:, Answer:")
+        return tokenizer
+
+    @cached_property
+    def config(self) -> "NSAConfig":
+        from nsa_models.formats import read_config
+
+        return read_config(self.directory)
+
+    @cached_property
+    def model(self) -> "NSAModel":
+        import torch
+
+        from nsa_models import load_model
+
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ModelError("no CUDA device was found; leave out --device to use the CPU")
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        return load_model(self.directory, self.device)
+
+    @property
+    def loaded(self) -> bool:
+        return "model" in vars(self)

@@ -1,0 +1,98 @@
+"""What the tests share: a tiny checkpoint with a tokenizer, and `nsa` run inside this process."""
+
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXT = "the quick brown fox jumps over the lazy dog and runs away from the other animals in the old forest\n"
+
+
+class Run(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> bytes:
+    """A byte-level BPE `tokenizer.json` of a few hundred tokens with ChatML's control tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return tokenizer.to_str().encode()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory, tiny_tokenizer: bytes) -> Path:
+    """A random NSA checkpoint for 32k tokens, with a chat template. It answers in letters and never ends by itself."""
+    import json
+
+    import torch
+    from tokenizers import Tokenizer
+
+    from nsa_models import NSAConfig, save_model
+    from nsa_models.transformer import NSAModel
+
+    tokenizer = Tokenizer.from_str(tiny_tokenizer.decode())
+    config = NSAConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        intermediate_size=48,
+        max_position_embeddings=32768,
+        select_count=4,
+        window=64,
+        eos_token_ids=(tokenizer.token_to_id("<|im_end|>"),),
+    )
+    model = NSAModel(config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        parameter.normal_(0, 0.3, generator=generator)
+        if "norm" in name:
+            parameter.add_(1)
+    wordless = [i for i in range(config.vocab_size) if not tokenizer.id_to_token(i).strip("Ġ").isascii()]
+    control = [i for i in range(config.vocab_size) if not tokenizer.id_to_token(i).strip("Ġ").isalpha()]
+    model.lm_head.weight[wordless + control] = 0
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    settings = {"chat_template": CHAT_TEMPLATE, "eos_token": "<|im_end|>"}
+    files = {"tokenizer.json": tiny_tokenizer, "tokenizer_config.json": json.dumps(settings).encode()}
+    save_model(model, directory, files)
+    return directory
+
+
+@pytest.fixture
+def nsa(tiny_checkpoint: Path, tmp_path: Path, monkeypatch, capsys) -> Callable[..., Run]:
+    """`nsa("ask", path, "question", stdin="text")` -> exit code, stdout, stderr; with its own store."""
+    from nsa_cli.cli import run
+
+    monkeypatch.setenv("NSA_MODEL", str(tiny_checkpoint))
+    monkeypatch.setenv("NSA_CACHE_DIR", str(tmp_path / "store"))
+
+    def call(*args: object, stdin: str | bytes = "") -> Run:
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        capsys.readouterr()
+        code = run([str(arg) for arg in args])
+        return Run(code, *capsys.readouterr())
+
+    return call
