@@ -11,55 +11,14 @@ GIT_FILES = (".git/info/exclude", ".gitignore")  # the later, the stronger
 OWN_FILES = (".ignore", ".nsaignore")
 
 # What is almost never the subject of a question: tools' folders, installed packages, lock files, minified code.
-DEFAULT_IGNORES = [
-    *(".hg/", ".svn/", ".jj/", ".idea/", ".DS_Store", ".env", ".env.*"),
-    *(
-        "node_modules/",
-        "bower_components/",
-        ".venv/",
-        "venv/",
-        "site-packages/",
-        "*.egg-info/",
-        ".gradle/",
-        ".terraform/",
-        ".next/",
-        ".nuxt/",
-    ),
-    *(
-        "__pycache__/",
-        ".tox/",
-        ".nox/",
-        ".mypy_cache/",
-        ".pytest_cache/",
-        ".ruff_cache/",
-        ".hypothesis/",
-        ".ipynb_checkpoints/",
-        ".cache/",
-    ),
-    *(
-        "package-lock.json",
-        "npm-shrinkwrap.json",
-        "yarn.lock",
-        "pnpm-lock.yaml",
-        "bun.lock",
-        "poetry.lock",
-        "uv.lock",
-        "pdm.lock",
-        "Pipfile.lock",
-    ),
-    *(
-        "Cargo.lock",
-        "Gemfile.lock",
-        "composer.lock",
-        "go.sum",
-        "flake.lock",
-        "mix.lock",
-        "Podfile.lock",
-        "packages.lock.json",
-        "gradle.lockfile",
-    ),
-    *("*.min.js", "*.min.mjs", "*.min.css", "*.js.map", "*.css.map", "*.tsbuildinfo"),
-]
+DEFAULT_IGNORES = """
+.hg/ .svn/ .jj/ .idea/ .DS_Store .env .env.*
+node_modules/ bower_components/ .venv/ venv/ site-packages/ *.egg-info/ .gradle/ .terraform/ .next/ .nuxt/
+__pycache__/ .tox/ .nox/ .mypy_cache/ .pytest_cache/ .ruff_cache/ .hypothesis/ .ipynb_checkpoints/ .cache/
+package-lock.json npm-shrinkwrap.json yarn.lock pnpm-lock.yaml bun.lock poetry.lock uv.lock pdm.lock Pipfile.lock
+Cargo.lock Gemfile.lock composer.lock go.sum flake.lock mix.lock Podfile.lock packages.lock.json gradle.lockfile
+*.min.js *.min.mjs *.min.css *.js.map *.css.map *.tsbuildinfo
+""".split()  # noqa: SIM905
 
 
 class Rule:

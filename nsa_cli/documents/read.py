@@ -73,12 +73,12 @@ def _files(paths: Sequence[str], options: ReadOptions) -> Iterator[_File]:
         elif path.is_dir():
             prefix = "" if len(paths) == 1 or shown == "." else shown.rstrip("/") + "/"
             root = path.resolve()
-            for found in walk(root, options, prefix):
+            for found in walk(root, options, prefix.lstrip("/")):
                 shown = printable(prefix + found.path)
                 yield _File(root / found.path, shown, options.max_file_bytes, named=False, reason=found.reason)
         elif not os.path.exists(path):
             raise InputError(f"no such file or directory: {printable(name)}")
-        elif not exclude.matches(shown, is_directory=False):
+        elif not exclude.matches(shown.lstrip("/"), is_directory=False):
             yield _File(path, printable(shown), max(MAX_NAMED_BYTES, options.max_file_bytes))
 
 

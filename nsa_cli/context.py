@@ -1,0 +1,234 @@
+"""Documents -> one context: token ids in a stable order, exact counts, and which lines a token range comes from.
+
+    Files:                  the listing, when there is more than one document
+    a.py
+    src/b.py
+
+    === a.py ===
+    the text of a.py
+    === src/b.py ===
+    the text of src/b.py
+
+Listing, headers and texts are encoded one by one: a file's tokens do not depend on its neighbours, so counts add up.
+"""
+
+import re
+import shlex
+from array import array
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+from nsa_cli.documents import Document, Skip
+from nsa_cli.units import parse_quantity
+from nsa_models.errors import BudgetError
+
+if TYPE_CHECKING:
+    from nsa_models.tokenizer import Tokenizer
+
+BLOCK_CHARS = 1_000_000  # a longer text is encoded in blocks of whole lines: an encoding takes 100 times its text
+
+
+@dataclass(frozen=True)
+class Place:
+    """Lines of a document, counted from 1, both included."""
+
+    path: str
+    first_line: int
+    last_line: int
+
+
+@dataclass(frozen=True, eq=False)
+class ContextFile:
+    """A document, or some lines of a long one, at tokens [start, stop) of a context; its header comes first."""
+
+    path: str
+    text: str = field(repr=False)  # ends in a line end
+    header: array = field(repr=False)  # ids
+    body: array = field(repr=False)  # ids
+    offsets: array = field(repr=False)  # character of `text` where each token of `body` starts; then its length
+    start: int = 0
+    first_line: int = 1
+
+    @property
+    def tokens(self) -> int:
+        return len(self.header) + len(self.body)
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.tokens
+
+    @cached_property
+    def line_ends(self) -> array:
+        return array("I", (i for i, character in enumerate(self.text) if character == "\n"))
+
+    def lines(self, start: int, stop: int) -> Place:
+        """Where the context's tokens [start, stop) come from, of which this file holds at least one."""
+        body = self.start + len(self.header)
+        first = self.offsets[max(start - body, 0)]
+        # A token may hold several line ends, or only some bytes of a character: look where the next one starts.
+        last = max(self.offsets[min(max(stop - body, 0), len(self.body))] - 1, first)
+        return Place(self.path, self._line(first), self._line(last))
+
+    def _line(self, character: int) -> int:
+        return self.first_line + bisect_left(self.line_ends, character)
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What the model reads between the prompt's two ends."""
+
+    files: list[ContextFile]
+    listing: array  # ids
+    skips: list[Skip]
+    tokenizer: "Tokenizer"
+
+    @property
+    def tokens(self) -> int:
+        return self.files[-1].stop
+
+    @cached_property
+    def ids(self) -> list[int]:
+        return [*self.listing, *(token for file in self.files for part in (file.header, file.body) for token in part)]
+
+    def locate(self, start: int, stop: int) -> list[Place]:
+        """The lines that tokens [start, stop) come from, file by file. A header is its file's first line; the listing
+        is nowhere."""
+        return [file.lines(start, stop) for file in self.files if max(start, file.start) < min(stop, file.stop)]
+
+    def split(self, max_tokens: int) -> list["Context"]:
+        """Contexts of at most `max_tokens` tokens that hold all files in order, without the listing.
+
+        They break between files, and inside one only if it is too long alone: between lines, and inside a line only
+        if that is too long alone. Raises BudgetError if max_tokens does not hold a header and some text.
+        """
+        if self.tokens <= max_tokens:
+            return [self]
+        shards: list[list[ContextFile]] = []
+        room = 0
+        for part in (part for file in self.files for part in cut(file, max_tokens, self.tokenizer)):
+            if part.tokens > room:
+                shards.append([])
+                room = max_tokens
+            shards[-1].append(part)
+            room -= part.tokens
+        return [Context(place_after(0, shard), array("I"), self.skips, self.tokenizer) for shard in shards]
+
+
+def build_context(documents: Sequence[Document], tokenizer: "Tokenizer", skips: Sequence[Skip] = ()) -> Context:
+    """The context of `documents` (at least one) in their order."""
+    names = "".join(f"{document.path}\n" for document in documents)
+    listing = array("I", tokenizer.encode(f"Files:\n{names}\n") if len(documents) > 1 else ())
+    files = [encode(document.path, document.text, tokenizer) for document in documents]
+    return Context(place_after(len(listing), files), listing, list(skips), tokenizer)
+
+
+def encode(path: str, text: str, tokenizer: "Tokenizer", first_line: int = 1) -> ContextFile:
+    """A file, not yet placed in a context. first_line > 1: a long file's continuation."""
+    lines = "" if first_line == 1 else f" (from line {first_line})"
+    header = array("I", tokenizer.encode(f"=== {path}{lines} ===\n"))
+    text = text if text.endswith("\n") else text + "\n"
+    body, offsets = array("I"), array("I")
+    for start, stop in pairwise(block_borders(text)):
+        ids, starts = tokenizer.encode_with_offsets(text[start:stop])
+        body.extend(ids)
+        offsets.extend(start + offset for offset in starts)
+    offsets.append(len(text))
+    return ContextFile(path, text, header, body, offsets, first_line=first_line)
+
+
+def block_borders(text: str) -> Iterator[int]:
+    """0, then about every BLOCK_CHARS characters the start of a line, then the length."""
+    border = 0
+    yield border
+    while border < len(text):
+        border = text.find("\n", border + BLOCK_CHARS - 1) + 1 or len(text)
+        yield border
+
+
+def place_after(start: int, files: Sequence[ContextFile]) -> list[ContextFile]:
+    """The files one after another from token `start` on."""
+    placed = []
+    for file in files:
+        placed.append(replace(file, start=start))
+        start = placed[-1].stop
+    return placed
+
+
+def cut(file: ContextFile, max_tokens: int, tokenizer: "Tokenizer") -> Iterator[ContextFile]:
+    """The file in parts of at most `max_tokens` tokens, headers included; itself if it fits."""
+    if file.tokens <= max_tokens:
+        yield file
+        return
+    start = 0
+    while start < len(file.text):
+        part, start = longest_part(file, start, max_tokens, tokenizer)
+        yield part
+
+
+def longest_part(file: ContextFile, start: int, max_tokens: int, tokenizer: "Tokenizer") -> tuple[ContextFile, int]:
+    """The part that begins at character `start`, and the character where it stops.
+
+    The whole file's tokens say where to cut; what is cut encodes a little differently, hence another try with less.
+    """
+    first_line = file._line(start)
+    first_token = bisect_left(file.offsets, start)
+    room = max_tokens - len(file.header)
+    while room > 0:
+        stop = file.offsets[min(first_token + room, len(file.body))]
+        stop = file.text.rfind("\n", start, stop) + 1 or stop
+        part = encode(file.path, file.text[start:stop], tokenizer, first_line)
+        if part.tokens <= max_tokens and stop > start:
+            return part, stop
+        room -= max(part.tokens - max_tokens, 1)
+    raise BudgetError(f"{max_tokens:,} tokens do not hold a part of {file.path} with its header")
+
+
+def parse_tokens(text: str) -> int:
+    """`128k` is 128000 and `128Ki` 131072 tokens; a usage error if it is neither."""
+    return parse_quantity(text)
+
+
+def check_budget(tokens: int, limit: int, files: Sequence[ContextFile]) -> None:
+    """Raise BudgetError if `tokens`, those of `files` among them, exceed `limit`; it says by how much and what fits."""
+    over = tokens - limit
+    if over <= 0:
+        return
+    largest = sorted(files, key=lambda file: -file.tokens)[:3]
+    named = ", ".join(f"{file.path} {file.tokens:,}" for file in largest)
+    leave_out = what_to_exclude(over, {file.path: file.tokens for file in files})
+    advice = " ".join(f"--exclude {shlex.quote(escape(path))}" for path in leave_out)
+    raise BudgetError(
+        f"{tokens:,} tokens are {over:,} more than the {limit:,} that fit; largest: {named}; "
+        + (
+            f"it fits with {advice}"
+            if advice
+            else "narrow it with --include, or use nsa summarize, which reads in parts"
+        )
+    )
+
+
+def what_to_exclude(over: int, sizes: dict[str, int]) -> list[str]:
+    """The smallest file or directory that holds `over` tokens; else the two or three largest files that do; else []."""
+    candidates = Counter(sizes)
+    for path, tokens in sizes.items():
+        candidates.update({str(parent): tokens for parent in PurePosixPath(path).parents if parent.name})
+    whole = sum(sizes.values())
+    enough = [(tokens, path) for path, tokens in candidates.items() if over <= tokens < whole]
+    if enough:
+        return [min(enough)[1]]
+    largest = sorted(sizes, key=sizes.__getitem__, reverse=True)
+    for count in (2, 3):
+        if count < len(sizes) and sum(sizes[path] for path in largest[:count]) >= over:
+            return largest[:count]
+    return []
+
+
+def escape(path: str) -> str:
+    """`path` as a pattern that matches only itself."""
+    return re.sub(r"([\\*?\[!#])", r"\\\1", path)
