@@ -30,6 +30,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nsa_cli.units import format_bytes
 from nsa_models.errors import InputError
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ class Store:
         if quota is None:
             quota = min(QUOTA, (shutil.disk_usage(self.root).free + used) // 4)
         if need > quota:
-            return f"the context takes {need / 1e9:.2f} GB, the store may hold {quota / 1e9:.2f} GB"
+            return f"the context takes {format_bytes(need)}, all stored contexts may take {format_bytes(quota)}"
         for entry in sorted(entries, key=lambda e: e.used):
             if used + need <= quota:
                 break

@@ -8,6 +8,7 @@ import click
 from nsa_cli.output import say
 from nsa_cli.settings import cache_dir
 from nsa_cli.store import Entry, Store
+from nsa_cli.units import format_bytes
 
 
 @click.group()
@@ -36,8 +37,10 @@ def ls(as_json: bool) -> None:
     if entries:
         click.echo(f"{'id':12}  {'tokens':>9}  {'size':>8}  {'used':>8}  model")
     for e in entries:
-        click.echo(f"{e.id[:12]}  {e.tokens:>9,}  {_size(e.bytes):>8}  {_age(time.time() - e.used):>8}  {e.model}")
-    say(f"{len(entries)} stored, {_size(sum(e.bytes for e in entries))}")
+        click.echo(
+            f"{e.id[:12]}  {e.tokens:>9,}  {format_bytes(e.bytes):>8}  {_age(time.time() - e.used):>8}  {e.model}"
+        )
+    say(f"{len(entries)} stored, {format_bytes(sum(e.bytes for e in entries))}")
 
 
 @command.command()
@@ -51,7 +54,7 @@ def rm(ids: tuple[str, ...], everything: bool) -> None:
     if everything:
         ids = tuple(entry.id for entry in store.entries())
     removed = [store.remove(prefix) for prefix in ids]
-    say(f"removed {len(removed)}, {_size(sum(e.bytes for e in removed))}")
+    say(f"removed {len(removed)}, {format_bytes(sum(e.bytes for e in removed))}")
 
 
 @command.command()
@@ -63,10 +66,6 @@ def path() -> None:
 def _record(entry: Entry) -> dict:
     shown = ("id", "tokens", "bytes", "created", "used", "model")
     return {"schema_version": 1} | {name: getattr(entry, name) for name in shown}
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _age(seconds: float) -> str:
