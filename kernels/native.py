@@ -1,0 +1,181 @@
+"""The CPU's fast path in C: `native.c`, compiled for this machine on first use with its own C compiler, as Triton does.
+
+On two cores with AVX-512 bfloat16 it computes NSA at 8k tokens some ten times faster than `cpu`, which needs no
+compiler: scores and probabilities stay in the first-level cache instead of passing through memory between operations.
+"""
+
+import ctypes
+import functools
+import hashlib
+import math
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nsa_kernels.rows import over_tasks
+from nsa_kernels.variant import Variant
+
+_INTEGERS = (
+    *("T", "offset", "S", "G", "D", "Dv", "NC", "l", "d", "block", "n", "initial", "local", "window", "chunk"),
+    *("weight_first", "weights", "q_stride", "q_cmp_stride", "gate_stride", "out_stride", "chosen_stride"),
+    *("k_stride", "v_stride", "k_cmp_stride", "v_cmp_stride", "k_swa_stride", "v_swa_stride", "kv_bf16", "cmp_bf16"),
+)
+_POINTERS = ("q", "q_cmp", "k", "v", "k_cmp", "v_cmp", "k_swa", "v_swa", "gates", "weight", "out", "chosen")
+
+
+class _Head(ctypes.Structure):
+    """`nsa_head` of native.c, field for field."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _INTEGERS),
+        ("scale", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+    ]
+
+
+def supports(q: Tensor, *keys: Tensor) -> bool:
+    """Whether the compiled code computes this call: a compiler was found, and it has the element types."""
+    types = (torch.float32, torch.bfloat16)
+    if q.dtype not in types or any(k.dtype not in types for k in keys):
+        return False
+    library = _library()
+    return library is not None and (q.dtype == torch.float32 or bool(library.nsa_has_bf16()))
+
+
+def nsa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    gates: Tensor,
+    variant: Variant,
+    *,
+    offset: int = 0,
+    scale: float | None = None,
+    q_cmp: Tensor | None = None,
+    k_swa: Tensor | None = None,
+    v_swa: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """All three branches; shapes and results as in `reference.nsa_attention`. Products in the dtype of q."""
+    T, HQ, _ = q.shape
+    HKV, Dv = v.shape[1:]
+    q, q_cmp, gates = (x.contiguous() for x in (q, q if q_cmp is None else q_cmp, gates.to(q.dtype)))
+    k, v, k_cmp, v_cmp = (_rows(x) for x in (k, v, k_cmp, v_cmp))
+    k_swa, v_swa = k if k_swa is None else _rows(k_swa), v if v_swa is None else _rows(v_swa)
+    out = q.new_empty(T, HQ, Dv)
+    chosen = torch.empty(T, HKV, variant.select_count, dtype=torch.int32)
+    tensors = dict(zip(_POINTERS, (q, q_cmp, k, v, k_cmp, v_cmp, k_swa, v_swa, gates), strict=False))
+    weights = variant.importance_weights
+    first, last = min(weights), max(weights)
+    tensors |= {"weight": torch.tensor([float(weights.get(i, 0)) for i in range(first, last + 1)])}
+    tensors |= {"out": out, "chosen": chosen}
+    shared = dict(
+
+        G=HQ // HKV,
+        D=q.shape[2],
+        Dv=Dv,
+        l=variant.compress_block,
+        d=variant.compress_stride,
+        block=variant.select_block,
+        n=variant.select_count,
+        initial=variant.initial_blocks,
+        local=variant.local_blocks,
+        window=variant.window,
+        chunk=variant.topk_chunk if variant.topk == "streamed" else 0,
+        weight_first=first,
+        weights=last - first + 1,
+        NC=variant.compressed_count(offset + T),
+        S=offset + T,
+        scale=math.log2(math.e) * (q.shape[2] ** -0.5 if scale is None else scale),
+        kv_bf16=k.dtype == torch.bfloat16,
+        cmp_bf16=k_cmp.dtype == torch.bfloat16,
+        **{f"{name}_stride": tensors[name].stride(0) for name in ("q", "q_cmp", "k", "v", "k_cmp", "v_cmp")},
+        **{f"{name}_stride": tensors[name].stride(0) for name in ("k_swa", "v_swa", "out", "chosen")},
+        gate_stride=gates.stride(0),
+    )
+    attend = getattr(_library(), "nsa_attention_bf16" if q.dtype == torch.bfloat16 else "nsa_attention_f32")
+
+    def run(task: tuple[int, slice]) -> None:
+        h, rows = task
+        group = h * (HQ // HKV)
+        starts = {name: (rows.start, group, 0) for name in ("q", "q_cmp", "gates", "out")}
+        starts |= {"chosen": (rows.start, h, 0), "weight": (0,)}
+        pointers = {name: _address(x, starts.get(name, (0, h, 0))) for name, x in tensors.items()}
+        head = _Head(T=rows.stop - rows.start, offset=offset + rows.start, **shared, **pointers)
+        if attend(ctypes.byref(head)):
+            raise MemoryError("no memory for attention's buffers")
+
+    tasks = [(h, rows) for h in range(HKV) for rows in _runs(T, offset)]
+    if T == 1:
+        for task in tasks:
+            run(task)
+    else:
+        over_tasks(run, tasks)
+    return out, chosen
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Any (S, HKV, D) view whose last dimension is contiguous will do."""
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _address(x: Tensor, index: tuple[int, ...]) -> int:
+    return x.data_ptr() + x.element_size() * sum(i * s for i, s in zip(index, x.stride(), strict=True))
+
+
+def _runs(T: int, offset: int) -> list[slice]:
+    """Queries per task. More share a block's keys, which are packed once per task, but their sums leave the cache."""
+    size = 512 if offset + T <= 16384 else 1024
+    return [slice(start, min(start + size, T)) for start in range(0, T, size)]
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled code, or None without a C compiler."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or platform.system() == "Windows":
+        return None
+    sources = [resources.files("nsa_kernels") / name for name in ("native.c", "native.h")]
+    text = [source.read_bytes() for source in sources]
+    machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_cpu_flags()} {compiler}"
+    key = hashlib.sha256(b"\0".join([*text, machine.encode()])).hexdigest()[:16]
+    for folder in (_cache_folder(), Path(tempfile.gettempdir()) / f"nsa-{os.getuid()}"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            file = folder / f"native-{key}.so"
+            if not file.is_file() and not _compile(compiler, text, file):
+                return None
+            return ctypes.CDLL(str(file))
+        except OSError:
+            continue
+    return None
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nsa" / "kernels"
+
+
+def _cpu_flags() -> str:
+    """What a compiled file depends on where a home directory is shared between machines."""
+    return " ".join(sorted(name for name, value in torch.cpu.get_capabilities().items() if value is True))
+
+
+def _compile(compiler: str, text: list[bytes], target: Path) -> bool:
+    tuned = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        for name, content in zip(("native.c", "native.h"), text, strict=True):
+            (Path(scratch) / name).write_bytes(content)
+        built = Path(scratch) / "native.so"
+        command = [compiler, "-O3", tuned, "-shared", "-fPIC", "-o", str(built), str(Path(scratch) / "native.c"), "-lm"]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            return False
+        os.replace(built, target)
+    return True
