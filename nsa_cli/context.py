@@ -73,9 +73,9 @@ class ContextFile:
         first = self.offsets[max(start - body, 0)]
         # A token may hold several line ends, or only some bytes of a character: look where the next one starts.
         last = max(self.offsets[min(max(stop - body, 0), len(self.body))] - 1, first)
-        return Place(self.path, self._line(first), self._line(last))
+        return Place(self.path, self.line_at(first), self.line_at(last))
 
-    def _line(self, character: int) -> int:
+    def line_at(self, character: int) -> int:
         return self.first_line + bisect_left(self.line_ends, character)
 
 
@@ -97,8 +97,10 @@ class Context:
         return [*self.listing, *(token for file in self.files for part in (file.header, file.body) for token in part)]
 
     def locate(self, start: int, stop: int) -> list[Place]:
-        """The lines that tokens [start, stop) come from, file by file. A header is its file's first line; the listing
-        is nowhere."""
+        """The lines that tokens [start, stop) come from, file by file.
+
+        A header counts as its file's first line; the listing is nowhere.
+        """
         return [file.lines(start, stop) for file in self.files if max(start, file.start) < min(stop, file.stop)]
 
     def split(self, max_tokens: int) -> list["Context"]:
@@ -176,7 +178,7 @@ def longest_part(file: ContextFile, start: int, max_tokens: int, tokenizer: "Tok
 
     The whole file's tokens say where to cut; what is cut encodes a little differently, hence another try with less.
     """
-    first_line = file._line(start)
+    first_line = file.line_at(start)
     first_token = bisect_left(file.offsets, start)
     room = max_tokens - len(file.header)
     while room > 0:

@@ -43,7 +43,8 @@ class Rule:
 class Rules:
     """Patterns by directory, outermost first; the last pattern of the innermost directory that matches decides.
 
-    Only a path itself is judged. Whoever walks leaves excluded directories out, as git does.
+    Only a path itself is judged; whoever walks leaves excluded directories out, as git does. `?` and `[...]` stand for
+    a character, where git takes a byte.
     """
 
     def __init__(self, files: tuple[str, ...] = (), levels: tuple[tuple[str, list[Rule]], ...] = ()) -> None:
