@@ -16,7 +16,12 @@ def parse_lengths(context: click.Context, parameter: click.Parameter, value: str
 
 @click.command("bench")
 @click.option(
-    "--lengths", default="2k,8k,32k", show_default=True, callback=parse_lengths, help="Tokens to read, such as 8k,32Ki."
+    "--lengths",
+    default="2k,8k,32k",
+    show_default=True,
+    callback=parse_lengths,
+    metavar="TOKENS,...",
+    help="How much to read, such as 8k,32Ki.",
 )
 @click.option(
     "--decode", "decode_tokens", type=click.IntRange(1), default=32, show_default=True, help="Tokens to generate."
@@ -24,7 +29,12 @@ def parse_lengths(context: click.Context, parameter: click.Parameter, value: str
 @click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Prefills per length.")
 @click.option("--dense/--no-dense", default=True, help="Also measure dense attention over the same weights.")
 @click.option(
-    "--dense-max", type=parse_quantity, default="32k", show_default=True, help="Longest length for dense attention."
+    "--dense-max",
+    type=parse_quantity,
+    default="32k",
+    show_default=True,
+    metavar="TOKENS",
+    help="Longest length for dense attention.",
 )
 @click.option(
     "--text",

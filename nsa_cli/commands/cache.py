@@ -5,14 +5,15 @@ import time
 
 import click
 
-from nsa_cli.output import say
+from nsa_cli.output import say, verbosity_options
 from nsa_cli.settings import cache_dir
 from nsa_cli.store import Entry, Store
 from nsa_cli.units import format_bytes
 
 
-@click.group()
-def command() -> None:
+@click.group("cache", invoke_without_command=True)
+@click.pass_context
+def command(context: click.Context) -> None:
     """List and remove stored contexts.
 
     A question about files that were read before starts from their stored context. The least recently used ones go
@@ -23,10 +24,13 @@ def command() -> None:
       nsa cache rm 3f09
       nsa cache rm --all
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 @command.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per stored context.")
+@verbosity_options
 def ls(as_json: bool) -> None:
     """List stored contexts, the last used first."""
     entries = Store(cache_dir()).entries()
@@ -46,6 +50,7 @@ def ls(as_json: bool) -> None:
 @command.command()
 @click.argument("ids", nargs=-1, metavar="[ID]...")
 @click.option("--all", "everything", is_flag=True, help="Remove every stored context.")
+@verbosity_options
 def rm(ids: tuple[str, ...], everything: bool) -> None:
     """Remove stored contexts by id, or by as much of it as is unique."""
     store = Store(cache_dir())

@@ -368,6 +368,7 @@ def test_cache_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for seed in (1, 2, 3):
         ids = random_ids(64 * seed, seed)
         store.save(model, "tok", ids, filled(model, ids), "tiny")
+    assert "rm" in run(command, []).stdout and run(command, []).exit_code == 0
     assert run(command, ["path"]).stdout == f"{store.root}\n"
     table = run(command, ["ls"]).stdout.splitlines()
     assert len(table) == 4 and table[1].split()[1] == "192" and table[1].endswith("now  tiny")
