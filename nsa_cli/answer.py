@@ -219,11 +219,13 @@ class StopStrings:
 
     def push(self, text: str) -> str:
         """Text that is certain to come before any stop string."""
+        if self.found:
+            return ""
         text, self.held = self.held + text, ""
         hits = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
-        if self.found or hits:
+        if hits:
             self.found = True
-            return text[: min(hits, default=0)]
+            return text[: min(hits)]
         starts = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
         cut = len(text) - max(starts, default=0)
         self.held = text[cut:]
@@ -236,18 +238,20 @@ class StopStrings:
 
 
 def show(reply: Answer, as_json: bool) -> None:
-    """End the answer on stdout, or print it as JSON; evidence and timings on stderr."""
+    """End the answer on stdout and give evidence and timings on stderr; or print everything as JSON."""
+    if reply.finish_reason == "length":
+        warning = f"the answer was cut at {reply.usage.completion_tokens:,} tokens; --max-tokens gives it more"
+    else:
+        warning = "" if reply.text else "the model ended its answer before the first word"
     if as_json:
         emit(json.dumps(reply.to_json(), ensure_ascii=False) + "\n")
-    elif not reply.text.endswith("\n"):
-        emit("\n")
-    for place in reply.evidence:
-        say(str(place))
-    if reply.finish_reason == "length":
-        warn(f"the answer was cut at {reply.usage.completion_tokens:,} tokens; --max-tokens gives it more")
-    if not reply.text:
-        warn("the model ended its answer before the first word")
-    say(timing_line(reply))
+    else:
+        emit("" if reply.text.endswith("\n") else "\n")
+        for place in reply.evidence:
+            say(str(place))
+        say(timing_line(reply))
+    if warning:
+        warn(warning)
     if reply.finish_reason == "interrupted":
         raise KeyboardInterrupt
 

@@ -68,37 +68,39 @@ def main() -> None:
     """The `nsa` program."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets '?', not an error
+    code = run(sys.argv[1:])
     try:
-        code = run(sys.argv[1:])
         sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes stdout once more when it ends
-        code = PIPE_CLOSED
+    except OSError:  # reported by now; the interpreter would try again when it ends, and say so
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
 def run(args: list[str]) -> int:
-    """Run one command line; return its exit code. Only BrokenPipeError gets out."""
+    """Run one command line; return its exit code."""
     try:
         with cli.make_context("nsa", list(args), obj=Verbosity()) as context:
             try:
                 cli.invoke(context)
-            except (BrokenPipeError, click.exceptions.Exit, click.Abort):
+                sys.stdout.flush()
+            except (click.exceptions.Exit, click.Abort):
                 raise
             except Exception as error:  # while the context still knows the verbosity
                 return report(error)
     except click.exceptions.Exit as error:
         return error.exit_code
-    except click.ClickException as error:
-        return report(error)
     except (KeyboardInterrupt, click.Abort):
         click.echo("nsa: interrupted", err=True)
         return INTERRUPTED
+    except Exception as error:
+        return report(error)
     return 0
 
 
 def report(error: Exception) -> int:
     """Say what went wrong in one line on stderr; return the exit code."""
+    if isinstance(error, BrokenPipeError):
+        return PIPE_CLOSED
     if verbosity() >= TRACEBACKS:
         import traceback
 
