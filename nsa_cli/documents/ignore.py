@@ -126,7 +126,7 @@ def above(rules: Rules, root: Path, repository: Path | None) -> Rules:
 
 def find_repository(directory: Path) -> Path | None:
     """The work tree that holds `directory`: the nearest directory upwards with a .git."""
-    return next((d for d in (directory, *directory.parents) if (d / ".git").exists()), None)
+    return next((d for d in (directory, *directory.parents) if os.path.lexists(d / ".git")), None)
 
 
 def git_listing(root: Path, use_files: bool) -> GitListing | None:

@@ -42,8 +42,8 @@ def read_documents(
     directory when a single one is named, else they begin as they were typed. A named file is read in spite of ignore
     files and of what --include says. Raises InputError where a named file cannot be read, and where nothing is left.
     """
-    documents: dict[str, Document] = {}
-    skips: dict[str, Skip] = {}
+    documents: list[Document] = []
+    skips: list[Skip] = []
     total = 0
     for file in _distinct(_files(paths, options)):
         try:
@@ -51,15 +51,16 @@ def read_documents(
         except Unreadable as error:
             if file.named:
                 raise InputError(f"{file.shown}: {error}") from None
-            skips[file.shown] = Skip(file.shown, str(error))
+            skips.append(Skip(file.shown, str(error)))
             continue
-        documents[file.shown] = Document(file.shown, text)
+        documents.append(Document(file.shown, text))
         total += len(text)
         if total > MAX_TOTAL_BYTES:
             raise InputError(f"more than {format_bytes(MAX_TOTAL_BYTES)} of text; name fewer files or use --include")
+    skips.sort(key=lambda skip: (skip.path, skip.reason))
     if not documents:
-        raise InputError(_nothing(paths, list(skips.values())))
-    return [documents[path] for path in sorted(documents)], [skips[path] for path in sorted(skips)]
+        raise InputError(_nothing(paths, skips))
+    return sorted(documents, key=lambda document: (document.path, document.text)), skips
 
 
 def _files(paths: Sequence[str], options: ReadOptions) -> Iterator[_File]:
@@ -74,7 +75,7 @@ def _files(paths: Sequence[str], options: ReadOptions) -> Iterator[_File]:
             prefix = "" if len(paths) == 1 or shown == "." else shown.rstrip("/") + "/"
             root = path.resolve()
             for found in walk(root, options, prefix.lstrip("/")):
-                shown = printable(prefix + found.path)
+                shown = printable(prefix + found.path) or "."
                 yield _File(root / found.path, shown, options.max_file_bytes, named=False, reason=found.reason)
         elif not os.path.exists(path):
             raise InputError(f"no such file or directory: {printable(name)}")
@@ -85,7 +86,8 @@ def _files(paths: Sequence[str], options: ReadOptions) -> Iterator[_File]:
 def _distinct(files: Iterator[_File]) -> Iterator[_File]:
     seen = set()
     for file in files:
-        key = file.path and (file.path.parent.resolve() / file.path.name if not file.named else file.path.resolve())
+        # A walk begins at a resolved directory and follows no links.
+        key = file.path.resolve() if file.path and file.named else file.path
         if key not in seen:
             seen.add(key)
             yield file

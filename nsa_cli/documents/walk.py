@@ -42,7 +42,7 @@ def walk(root: Path, options: ReadOptions, shown: str = "") -> Iterator[Found]:
         try:
             entries = list(os.scandir(base + directory.path))
         except OSError as error:
-            yield Found(directory.path, error.strerror)
+            yield Found(directory.path, (error.strerror or str(error)).lower())
             continue
         git, own = (rules.entering(root / directory.path) for rules in (directory.git, directory.own))
         for entry in entries:

@@ -55,7 +55,7 @@ NAMES = st.sampled_from(["a", "b", "foo", "keep.log", "x.log", "build", ".h", "a
 PATHS = st.lists(NAMES, min_size=1, max_size=4).map("/".join)
 GLOBS = st.sampled_from(
     ["*", "**", "a", "b", "foo", "*.log", "keep.log", "build", ".*", "?", "[ab]", "[!a]", "f*", "n*é", "a b", "\\#c"]
-    + ["\\!d", "\\[e\\]", "f\\\\g", "[", "a**", "*o*"]
+    + ["\\!d", "\\[e\\]", "f\\\\g", "[", "*o*"]
 )
 LINES = st.one_of(
     st.sampled_from(["", "# comment", "/", "!", "!/", "*/", "!*/", "**/", "/*", "/**", "a/**/", "foo//", "a ", "\\"]),

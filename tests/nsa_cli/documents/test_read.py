@@ -144,7 +144,7 @@ def test_what_may_not_be_read_is_skipped(tree) -> None:
 
 
 def test_names_that_are_no_text_are_shown_harmlessly(tmp_path) -> None:
-    for name in (b"bad\xff.txt", b"line\nend.txt", b"escape\x1b[31m.txt"):
+    for name in (b"bad\xff.txt", b"bad\xfe.txt", b"line\nend.txt", b"escape\x1b[31m.txt"):
         (tmp_path / os.fsdecode(name)).write_text("x")
     documents, _ = read_documents([str(tmp_path)], OPTIONS)
-    assert paths(documents) == ["bad\ufffd.txt", "escape\ufffd[31m.txt", "line\ufffdend.txt"]
+    assert paths(documents) == ["bad\ufffd.txt", "bad\ufffd.txt", "escape\ufffd[31m.txt", "line\ufffdend.txt"]
