@@ -60,7 +60,7 @@ def smoothed_lift(selection: "SelectionCount") -> dict[int, float]:
 def merge(places: Iterable[tuple[int, Evidence]]) -> list[Evidence]:
     """Join evidence of neighbouring blocks in one file; the joint lift is the higher one."""
     merged: list[tuple[int, Evidence]] = []
-    for block, e in sorted(places, key=lambda place: (place[0], place[1].start)):
+    for block, e in sorted(places, key=lambda place: place[0]):  # a block's own places stay in order
         last_block, last = merged[-1] if merged else (None, None)
         if last and block == last_block + 1 and last.path == e.path:
             joint = Evidence(e.path, last.start, max(last.end, e.end), max(last.lift, e.lift))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 WHOLE = "Summarize the text above."
 JOIN = "The texts above summarize consecutive parts of one document. Write one summary of the whole document."
 FOCUS = " Concentrate on this: "
+LABEL = 32  # tokens that name a part in the text of all summaries, at most
 
 
 def summarize(
@@ -28,21 +29,24 @@ def summarize(
     """Summarize in one pass where that fits, else part by part and then the parts' summaries, as often as needed.
 
     tell: gets the last pass's text as it comes. Interrupted before that pass, nothing is worth keeping: it raises
-    KeyboardInterrupt. BudgetError if the parts' summaries are no shorter than the parts.
+    KeyboardInterrupt. BudgetError if the parts' summaries cannot be much shorter than the parts.
     """
     question = instruction + (FOCUS + focus if focus else "")
     room = document_room(checkpoint, question, request)
     if len(context.ids) <= room:
         return answer(checkpoint, context, question, request, tell)
+    longest = request.sampling.max_tokens
+    if room < 2 * (longest + LABEL):
+        raise BudgetError(
+            f"{len(context.ids):,} tokens, {room:,} fit at a time, and a summary may take {longest:,}: that shortens "
+            f"too little; lower --max-tokens to {max(room // 2 - LABEL, 1):,} or raise --max-context"
+        )
     shards = context.split(room)
     say(f"nsa: {len(context.ids):,} tokens, {room:,} fit: summarizing {len(shards)} parts, then their summaries")
     parts = [_part(checkpoint, shard, question, request, i, len(shards)) for i, shard in enumerate(shards, 1)]
     joined = _join(checkpoint, parts)
     if len(joined.ids) >= len(context.ids):
-        raise BudgetError(
-            f"{len(shards)} parts of {len(context.ids):,} tokens have summaries of {len(joined.ids):,} tokens; "
-            "lower --max-tokens or raise --max-context"
-        )
+        raise BudgetError(f"{len(shards)} parts' summaries are no shorter than the text; lower --max-tokens")
     later = replace(request, use_store=False, evidence=0)  # summaries are asked about once, and are no place to look
     whole = summarize(checkpoint, joined, focus, later, tell, JOIN)
     return _combined(parts, whole, request.evidence)
