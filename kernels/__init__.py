@@ -1,40 +1,22 @@
-"""The one seam: tensors in, tensors out. The tensor at the call decides which implementation runs.
+"""Native Sparse Attention: tensors in, tensors out. `dispatch` decides by the tensor which implementation runs.
 
-The same signatures in `reference` (the equations; float64 and anything that needs a gradient), `native` (C, where the
-machine has a compiler) and `cpu` (blocked torch operations, anywhere).
+Attributes load on first use: a model's config needs `Variant`, which needs no torch.
 """
 
-from torch import Tensor, is_grad_enabled
-from torch import float64 as _float64
+import importlib
 
-from nsa_kernels import cpu, native, reference
-from nsa_kernels.reference import Phi
-from nsa_kernels.variant import Variant
+_EXPORTS = {
+    "Phi": "reference",
+    "Variant": "variant",
+    "compress": "dispatch",
+    "dense_attention": "dispatch",
+    "nsa_attention": "dispatch",
+}
 
-__all__ = ["Phi", "Variant", "compress", "dense_attention", "nsa_attention"]
-
-
-def _implementation(x: Tensor):
-    if x.dtype == _float64 or (x.requires_grad and is_grad_enabled()):
-        return reference
-    return cpu
+__all__ = list(_EXPORTS)
 
 
-def compress(x: Tensor, variant: Variant, phi: Phi = None, position: Tensor | None = None) -> Tensor:
-    """Compressed keys or values, (S, HKV, D) -> (NC, HKV, Do). See `reference.compress`."""
-    return _implementation(x).compress(x, variant, phi, position)
-
-
-def nsa_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, variant: Variant, **options
-) -> tuple[Tensor, Tensor]:
-    """All three branches, gated and summed: o (T, HQ, Dv) and block_indices. See `reference.nsa_attention`."""
-    found = _implementation(q)
-    if found is cpu and native.supports(q, k, v, k_cmp, v_cmp):
-        found = native
-    return found.nsa_attention(q, k, v, k_cmp, v_cmp, gates, variant, **options)
-
-
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, offset: int = 0, scale: float | None = None) -> Tensor:
-    """Causal full attention of T queries over offset+T keys. See `reference.dense_attention`."""
-    return _implementation(q).dense_attention(q, k, v, offset=offset, scale=scale)
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)

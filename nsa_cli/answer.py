@@ -161,11 +161,10 @@ def read(
 
     model, digest = checkpoint.model, checkpoint.tokenizer.digest
     store = Store(cache_dir()) if use_store and shared else None
-    found = store.open(model, digest, prompt[: shared + 1], capacity) if store else ""
-    reason = found if isinstance(found, str) else found.note
-    if reason:
-        say(f"store: {reason}", VERBOSE)
-    cache = Cache.for_model(model, capacity) if isinstance(found, str) else found.cache
+    found = store.open(model, digest, prompt[: shared + 1], capacity) if store else None
+    if found and found.note:
+        say(f"store: {found.note}", VERBOSE)
+    cache = found.cache if found else Cache.for_model(model, capacity)
     stored = cache.length
     if stored < shared:
         try:

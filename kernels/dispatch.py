@@ -1,0 +1,40 @@
+"""The one seam: tensors in, tensors out. The tensor at the call decides which implementation runs.
+
+The same signatures in `reference` (the equations; float64 and anything that needs a gradient), `native` (C, where the
+machine has a compiler) and `cpu` (blocked torch operations, anywhere).
+"""
+
+from torch import Tensor, is_grad_enabled
+from torch import float64 as _float64
+
+from nsa_kernels import cpu, native, reference
+from nsa_kernels.reference import Phi
+from nsa_kernels.variant import Variant
+
+__all__ = ["Phi", "Variant", "compress", "dense_attention", "nsa_attention"]
+
+
+def _implementation(x: Tensor):
+    if x.dtype == _float64 or (x.requires_grad and is_grad_enabled()):
+        return reference
+    return cpu
+
+
+def compress(x: Tensor, variant: Variant, phi: Phi = None, position: Tensor | None = None) -> Tensor:
+    """Compressed keys or values, (S, HKV, D) -> (NC, HKV, Do). See `reference.compress`."""
+    return _implementation(x).compress(x, variant, phi, position)
+
+
+def nsa_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, variant: Variant, **options
+) -> tuple[Tensor, Tensor]:
+    """All three branches, gated and summed: o (T, HQ, Dv) and block_indices. See `reference.nsa_attention`."""
+    found = _implementation(q)
+    if found is cpu and native.supports(q, k, v, k_cmp, v_cmp):
+        found = native
+    return found.nsa_attention(q, k, v, k_cmp, v_cmp, gates, variant, **options)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, offset: int = 0, scale: float | None = None) -> Tensor:
+    """Causal full attention of T queries over offset+T keys. See `reference.dense_attention`."""
+    return _implementation(q).dense_attention(q, k, v, offset=offset, scale=scale)
