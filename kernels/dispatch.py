@@ -30,7 +30,8 @@ def nsa_attention(
 ) -> tuple[Tensor, Tensor]:
     """All three branches, gated and summed: o (T, HQ, Dv) and block_indices. See `reference.nsa_attention`."""
     found = _implementation(q)
-    if found is cpu and native.supports(q, k, v, k_cmp, v_cmp):
+    own = [options[name] for name in ("k_swa", "v_swa") if options.get(name) is not None]
+    if found is cpu and native.supports(q, k, v, k_cmp, v_cmp, *own):
         found = native
     return found.nsa_attention(q, k, v, k_cmp, v_cmp, gates, variant, **options)
 

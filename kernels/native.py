@@ -46,7 +46,9 @@ def supports(q: Tensor, *keys: Tensor) -> bool:
     if q.dtype not in types or any(k.dtype not in types for k in keys):
         return False
     library = _library()
-    return library is not None and (q.dtype == torch.float32 or bool(library.nsa_has_bf16()))
+    if library is None or q.dtype == torch.float32:
+        return library is not None
+    return q.shape[2] % 2 == 0 and bool(library.nsa_has_bf16())  # bfloat16 is multiplied in pairs
 
 
 def nsa_attention(
@@ -67,9 +69,9 @@ def nsa_attention(
     """All three branches; shapes and results as in `reference.nsa_attention`. Products in the dtype of q."""
     T, HQ, _ = q.shape
     HKV, Dv = v.shape[1:]
-    q, q_cmp, gates = (x.contiguous() for x in (q, q if q_cmp is None else q_cmp, gates.to(q.dtype)))
-    k, v, k_cmp, v_cmp = (_rows(x) for x in (k, v, k_cmp, v_cmp))
-    k_swa, v_swa = k if k_swa is None else _rows(k_swa), v if v_swa is None else _rows(v_swa)
+    q, q_cmp, gates = (x.to(q.dtype).contiguous() for x in (q, q if q_cmp is None else q_cmp, gates))
+    k, v, k_swa, v_swa = _rows(k, v, k if k_swa is None else k_swa, v if v_swa is None else v_swa)
+    k_cmp, v_cmp = _rows(k_cmp, v_cmp)
     out = q.new_empty(T, HQ, Dv)
     chosen = torch.empty(T, HKV, variant.select_count, dtype=torch.int32)
     tensors = dict(zip(_POINTERS, (q, q_cmp, k, v, k_cmp, v_cmp, k_swa, v_swa, gates), strict=False))
@@ -78,7 +80,6 @@ def nsa_attention(
     tensors |= {"weight": torch.tensor([float(weights.get(i, 0)) for i in range(first, last + 1)])}
     tensors |= {"out": out, "chosen": chosen}
     shared = dict(
-
         G=HQ // HKV,
         D=q.shape[2],
         Dv=Dv,
@@ -106,7 +107,7 @@ def nsa_attention(
     def run(task: tuple[int, slice]) -> None:
         h, rows = task
         group = h * (HQ // HKV)
-        starts = {name: (rows.start, group, 0) for name in ("q", "q_cmp", "gates", "out")}
+        starts = dict.fromkeys(("q", "q_cmp", "gates", "out"), (rows.start, group, 0))
         starts |= {"chosen": (rows.start, h, 0), "weight": (0,)}
         pointers = {name: _address(x, starts.get(name, (0, h, 0))) for name, x in tensors.items()}
         head = _Head(T=rows.stop - rows.start, offset=offset + rows.start, **shared, **pointers)
@@ -122,9 +123,11 @@ def nsa_attention(
     return out, chosen
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Any (S, HKV, D) view whose last dimension is contiguous will do."""
-    return x if x.stride(2) == 1 else x.contiguous()
+def _rows(*tensors: Tensor) -> list[Tensor]:
+    """Of one element type; any (S, HKV, D) view whose last dimension is contiguous will do."""
+    if len({x.dtype for x in tensors}) > 1:
+        tensors = tuple(x.float() for x in tensors)
+    return [x if x.stride(2) == 1 else x.contiguous() for x in tensors]
 
 
 def _address(x: Tensor, index: tuple[int, ...]) -> int:
@@ -150,6 +153,8 @@ def _library() -> ctypes.CDLL | None:
     for folder in (_cache_folder(), Path(tempfile.gettempdir()) / f"nsa-{os.getuid()}"):
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not _only_ours(folder):
+                continue
             file = folder / f"native-{key}.so"
             if not file.is_file() and not _compile(compiler, text, file):
                 return None
@@ -160,7 +165,13 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nsa" / "kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "nsa" / "kernels"
+
+
+def _only_ours(folder: Path) -> bool:
+    """Code is loaded from here: nobody else may have put it there (a name under /tmp can be guessed)."""
+    found = folder.stat()
+    return found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 def _cpu_flags() -> str:
