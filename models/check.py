@@ -18,7 +18,11 @@ def check(directory: Path) -> Iterator[str]:
     """Yield one line per passed check; raise ModelError at the first that fails."""
     model = load_model(directory)
     yield f"{sum(p.numel() for p in model.parameters()):,} parameters, every name and shape as config.json says"
-    bad = [name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
+    scales = {
+        f"{n}.weight_scale": s for n, m in model.named_modules() if (s := getattr(m, "weight_scale", None)) is not None
+    }
+    stored = dict(model.named_parameters()) | scales
+    bad = [name for name, p in stored.items() if p.is_floating_point() and not p.isfinite().all()]
     if bad:
         raise ModelError(f"{directory}: {bad[0]} holds values that are not finite ({len(bad)} tensors do)")
     yield "every weight is finite"
@@ -29,7 +33,7 @@ def check(directory: Path) -> Iterator[str]:
     yield f"tokenizer: {tokenizer.vocab_size:,} tokens, lossless, control tokens in text stay text"
     before, after = tokenizer.prompt("What is this?")
     yield "chat template renders" if tokenizer.has_chat_template else "no chat template: a plain layout is used"
-    ids = torch.tensor(before + ids * 3 + after)
+    ids = torch.tensor(before + ids * 3 + after)[-model.config.max_position_embeddings :]
     whole = model(ids)[-1]
     pieces = prefill(model, ids, Cache(model.config, len(ids), model.device, model.dtype), chunk=17)
     error = ((whole - pieces).norm() / whole.norm()).item()

@@ -52,6 +52,7 @@ def load_model(
                     _assign(model, names[name], weights.get_tensor(name), device, dtype)
                 elif name.endswith(SCALE):
                     _set_scale(model, names[name.removesuffix(SCALE)], weights.get_tensor(name), device)
+    _check_storage(model, source, directory)
     model.fingerprint = fingerprint(directory)
     return model
 
@@ -79,6 +80,18 @@ def check_shapes(config: NSAConfig, found: Mapping[str, tuple[int, ...]], source
             raise ModelError(f"{where}: tensor {name} is not part of this architecture")
 
 
+def _check_storage(model: NSAModel, source: Format, where: Path) -> None:
+    """int8 and scales come together, and only in linear maps and embeddings; everything else is floating point."""
+    for name, tensor in model.named_parameters():
+        module, leaf = _owner(model, name)
+        scaled = leaf == "weight" and getattr(module, "weight_scale", None) is not None
+        quantizes = leaf == "weight" and hasattr(module, "weight_scale")
+        if tensor.dtype == torch.int8 and not (scaled and quantizes):
+            raise ModelError(f"{where}: tensor {source.file_name(name)} is int8 without its {leaf}{SCALE}")
+        if tensor.dtype != torch.int8 and scaled:
+            raise ModelError(f"{where}: tensor {source.file_name(name)} has scales, but is not int8")
+
+
 def _count(expected: Mapping, found: Mapping) -> str:
     missing = len(expected.keys() - found.keys())
     return f"{missing} of {len(expected)} are"
@@ -91,6 +104,10 @@ def _owner(model: NSAModel, name: str) -> tuple[nn.Module, str]:
 
 def _assign(model: NSAModel, name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
     module, leaf = _owner(model, name)
+    if tensor.dtype != torch.int8 and not tensor.is_floating_point():
+        raise ModelError(
+            f"tensor {name} is stored as {str(tensor.dtype).removeprefix('torch.')}, which is not a weight"
+        )
     tensor = tensor.to(device, tensor.dtype if tensor.dtype == torch.int8 else dtype)
     setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
 

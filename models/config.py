@@ -1,10 +1,17 @@
 """`NSAConfig`: one frozen dataclass that describes every NSA model this project can run. Imports no torch."""
 
 import difflib
+import math
 from dataclasses import asdict, dataclass, field, fields
 
 from nsa_kernels.variant import Variant
 from nsa_models.errors import ModelError
+
+MOST_LAYERS = 1000
+POSITIVE = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "num_kv_heads", "head_dim", "v_head_dim"),
+    *("intermediate_size", "max_position_embeddings", "rope_theta", "norm_eps"),
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,11 @@ class RopeScaling:
     high_freq_factor: float = 4.0
 
     def __post_init__(self) -> None:
+        _check_types(self, "rope_scaling ")
+        if self.factor < 1 or self.original_max_position_embeddings < 1:
+            raise ModelError("config: rope_scaling needs a factor and original_max_position_embeddings of at least 1")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ModelError("config: rope_scaling low_freq_factor must be below high_freq_factor")
         if self.kind not in ("yarn", "dynamic_yarn", "llama3", "linear"):
             raise ModelError(
                 f"config: rope_scaling kind must be yarn, dynamic_yarn, llama3 or linear, got {self.kind!r}"
@@ -79,17 +91,16 @@ class NSAConfig:
                 set_(self, "rope_scaling", RopeScaling(**self.rope_scaling))
             except TypeError as error:
                 raise ModelError(f"config: rope_scaling: {error}") from None
-        set_(self, "eos_token_ids", tuple(self.eos_token_ids))
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-        ):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ModelError(f"config: {name} must be a positive integer, got {getattr(self, name)!r}")
+        ends = self.eos_token_ids
+        if not isinstance(ends, (list, tuple)) or not all(_is(int, i) and i >= 0 for i in ends):
+            raise ModelError(f"config: eos_token_ids must be a list of token ids, got {ends!r}")
+        set_(self, "eos_token_ids", tuple(ends))
+        _check_types(self)
+        for name in POSITIVE:
+            if getattr(self, name) <= 0:
+                raise ModelError(f"config: {name} must be positive, got {getattr(self, name)!r}")
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise ModelError(f"config: {self.num_hidden_layers} layers are more than the {MOST_LAYERS} that nsa runs")
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
                 f"config: num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
@@ -139,6 +150,28 @@ class NSAConfig:
             return cls(**values)
         except TypeError as error:
             raise ModelError(f"config: {error}") from None
+
+
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", RopeScaling: "an object"}
+
+
+def _check_types(values: NSAConfig | RopeScaling, where: str = "") -> None:
+    """Whole numbers are numbers too; nothing else passes for another type, and no number is infinite."""
+    for f in fields(values):
+        value = getattr(values, f.name, None)
+        kinds = getattr(f.type, "__args__", (f.type,))  # of a union
+        if f.name in ("variant", "eos_token_ids") or (value is None and type(None) in kinds):
+            continue
+        if not _is(kinds[0], value):
+            raise ModelError(f"config: {where}{f.name} must be {_KINDS[kinds[0]]}, got {value!r}")
+
+
+def _is(kind: type, value: object) -> bool:
+    if kind is float:
+        return _is(int, value) or (isinstance(value, float) and math.isfinite(value))
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 62
+    return isinstance(value, kind)
 
 
 def _required(f) -> bool:

@@ -28,15 +28,25 @@ def merge_delta(tensors: Mapping[str, Tensor], file: Path, base_sha256: str) -> 
         if target not in merged:
             raise ModelError(f"{file}: {name} changes no parameter of the base")
         if name.endswith(DOWN):
+            if target + UP not in changes:
+                raise ModelError(f"{file}: {name} has no {UP} beside it")
             continue
-        if name.endswith(UP):
-            if target + DOWN not in changes:
-                raise ModelError(f"{file}: {name} has no {DOWN} beside it")
-            down = changes[target + DOWN]
-            if change.shape[1] != down.shape[0]:
-                raise ModelError(f"{file}: {target}: ranks {change.shape[1]} and {down.shape[0]} differ")
-            change = merged[target] + change @ down
-        if change.shape != merged[target].shape:
-            raise ModelError(f"{file}: {name} has shape {list(change.shape)}, not {list(merged[target].shape)}")
-        merged[target] = change
+        low_rank = name.endswith(UP)
+        if low_rank:
+            change = _product(changes, target, file)
+        if change.shape != tensors[target].shape:
+            raise ModelError(f"{file}: {name} has shape {list(change.shape)}, not {list(tensors[target].shape)}")
+        merged[target] = tensors[target] + change if low_rank else change
     return merged
+
+
+def _product(changes: Mapping[str, Tensor], target: str, file: Path) -> Tensor:
+    """up @ down of one parameter."""
+    if target in changes:
+        raise ModelError(f"{file}: {target} is both replaced and added to")
+    if target + DOWN not in changes:
+        raise ModelError(f"{file}: {target}{UP} has no {DOWN} beside it")
+    up, down = changes[target + UP], changes[target + DOWN]
+    if up.dim() != 2 or down.dim() != 2 or up.shape[1] != down.shape[0]:
+        raise ModelError(f"{file}: {target}: ranks differ: {list(up.shape)} times {list(down.shape)}")
+    return up @ down

@@ -97,19 +97,24 @@ def _read_gguf(path: Path) -> DenseSource:
 
     try:
         reader = GGUFReader(path)
-    except (ValueError, IndexError, OSError) as error:
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except Exception as error:  # of any kind: the reader does not check what it reads
         raise ModelError(f"{path}: not a GGUF file, or truncated ({error}); copy it again") from None
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    shapes = {tensor.name for tensor in reader.tensors}
-    config = _gguf_config(fields, shapes, path)
+    names = {tensor.name for tensor in reader.tensors}
+    try:
+        config = _gguf_config(fields, names, path)
+        files = _gguf_tokenizer(fields, path)
+    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise ModelError(f"{path}: the metadata cannot be used ({what})") from None
     tensors = {}
     for tensor in reader.tensors:
         name = _gguf_name(tensor.name, path)
         tensors[name] = _dequantize(tensor, path)
+    _check(config, tensors, path)
     if fields["general.architecture"] == "llama":
         _unpermute(config, tensors)
-    _check(config, tensors, path)
-    return DenseSource(config, tensors, _gguf_tokenizer(fields, path))
+    return DenseSource(config, tensors, files)
 
 
 def _gguf_config(fields: dict, names: set[str], path: Path) -> NSAConfig:
@@ -190,7 +195,12 @@ def _gguf_tokenizer(fields: dict, path: Path) -> dict[str, bytes]:
         )
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, merges))
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    try:
+        model = BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe")  # Llama 3 takes whole words first
+    except Exception as error:  # the library raises bare Exception
+        raise ModelError(f"{path}: the tokenizer's merges do not fit its tokens ({error})") from None
+    tokenizer = Tokenizer(model)
     _PRE_TOKENIZERS[pre](tokenizer)
     tokenizer.decoder = decoders.ByteLevel()
     control = [AddedToken(t, special=True, normalized=False) for t, n in zip(tokens, types, strict=True) if n == 3]
@@ -205,7 +215,7 @@ def _gguf_tokenizer(fields: dict, path: Path) -> dict[str, bytes]:
     settings = {
         "bos_token": spelled("bos"),
         "eos_token": spelled("eos"),
-        "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", False)),
+        "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")),
         "chat_template": fields.get("tokenizer.chat_template"),
     }
     return {

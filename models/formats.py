@@ -24,7 +24,7 @@ HARMLESS = frozenset(
         *("attention_dropout", "initializer_range", "pretraining_tp", "id2label", "label2id"),
         *("fuse_cross_entropy", "fuse_linear_cross_entropy", "fuse_norm", "fuse_swiglu", "use_l2warp"),
         *("layer_types", "max_window_layers", "sliding_window"),  # use_sliding_window decides, and is fixed
-        *("is_llama_config", "rope_interleaved", "transformers.js_config"),
+        *("_attn_implementation_autoset", "is_llama_config", "rope_interleaved", "transformers.js_config"),
     )
 )
 
@@ -63,6 +63,8 @@ def read_config(directory: str | Path) -> NSAConfig:
 def format_of(values: dict, directory: Path) -> Format:
     """Which format a config.json is in."""
     kind = values.get("model_type")
+    if not isinstance(kind, str):
+        raise ModelError(f"{directory / 'config.json'}: no model_type, so the architecture is unknown")
     if kind == "nsa" and "nsa_format" in values:
         if values["nsa_format"] != FORMAT_VERSION:
             raise ModelError(
@@ -79,6 +81,16 @@ def format_of(values: dict, directory: Path) -> Format:
 
 def translate(source: Format, values: dict, directory: Path) -> NSAConfig:
     """Our config from a foreign one's values."""
+    try:
+        return _translate(source, values, directory)
+    except _Config as error:
+        raise ModelError(f"{directory / 'config.json'}: {error}") from None
+    except ModelError as error:
+        prefix = f"{directory}: " if str(error).startswith("config: ") else ""
+        raise ModelError(f"{prefix}{error}") from None
+
+
+def _translate(source: Format, values: dict, directory: Path) -> NSAConfig:
     if source is OURS:
         return NSAConfig.from_dict({k: v for k, v in values.items() if k not in ("model_type", "nsa_format")})
     known = source.keys.keys() | source.fixed.keys() | source.reads | HARMLESS
@@ -86,9 +98,9 @@ def translate(source: Format, values: dict, directory: Path) -> NSAConfig:
         if key not in known:
             near = difflib.get_close_matches(key, sorted(known), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "; it may change what the model computes"
-            raise ModelError(f"{directory / 'config.json'}: unknown key {key!r}{hint}")
+            raise _Config(f"unknown key {key!r}{hint}")
         if key in source.fixed and value not in source.fixed[key]:
-            raise ModelError(f"{directory / 'config.json'}: {key} = {value!r} is not supported")
+            raise _Config(f"{key} = {value!r} is not supported")
     ours = {source.keys[key]: value for key, value in values.items() if key in source.keys}
     ours |= {"bos_token_id": values.get("bos_token_id"), "eos_token_ids": _eos_ids(values, directory)}
     return NSAConfig.from_dict(ours | source.derive(values, directory))
@@ -100,11 +112,35 @@ def read_json(path: Path) -> dict:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not JSON ({error})") from None
     if not isinstance(values, dict):
         raise ModelError(f"{path}: not a JSON object")
     return values
+
+
+class _Config(ModelError):
+    """What is wrong with config.json; `translate` adds the path."""
+
+
+def _number(values: dict, key: str, default: float | None = None, kind: type = int):
+    """values[key] as an int or float of at least 0; `default` where it is missing or null. Raises _Config."""
+    value = values.get(key)
+    if value is None:
+        if default is None:
+            raise _Config(f"missing {key}")
+        return default
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not (whole or (kind is float and isinstance(value, float))) or not 0 <= value < 1 << 62:
+        raise _Config(f"{key} must be a number of at least 0, got {value!r}")
+    return kind(value)
+
+
+def _positive(values: dict, key: str, default: int | None = None) -> int:
+    value = _number(values, key, default)
+    if value == 0:
+        raise _Config(f"{key} must be positive, got 0")
+    return value
 
 
 def _eos_ids(values: dict, directory: Path) -> tuple[int, ...]:
@@ -123,8 +159,8 @@ def weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise ModelError(f"{index}: no weight_map")
+        if not isinstance(shards, dict) or not shards or not all(isinstance(s, str) for s in shards.values()):
+            raise ModelError(f"{index}: no weight_map from tensors to files")
         files = [directory / name for name in sorted(set(shards.values()))]
     else:
         files = [directory / "model.safetensors"]
@@ -149,6 +185,8 @@ def open_weights(file: Path, framework: str = "numpy") -> Iterator:
             yield weights
     except SafetensorError as error:
         raise ModelError(f"{file}: truncated or not safetensors ({error}); copy it again") from None
+    except OSError as error:
+        raise ModelError(f"{file}: {error.strerror or error}") from None
 
 
 def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
@@ -169,35 +207,35 @@ def _fla(values: dict, directory: Path) -> dict:
     own one. The config key fuse_linear_cross_entropy, new on 2025-08-07, tells the age; initial_blocks and local_blocks
     in config.json overrule it.
     """
-    hidden, heads = values["hidden_size"], values["num_heads"]
-    width = values.get("intermediate_size")
-    if width is None:
-        width = 256 * -(-int(hidden * (values.get("hidden_ratio") or 4) * 2 / 3) // 256)
-    block = values.get("block_size", 64)
+    hidden, heads = _number(values, "hidden_size"), _positive(values, "num_heads")
+    width = 256 * -(-int(hidden * _number(values, "hidden_ratio", 4, float) * 2 / 3) // 256)
+    block = _number(values, "block_size", 64)
     recent = "fuse_linear_cross_entropy" in values
     return {
-        "intermediate_size": width,
+        "num_kv_heads": _number(values, "num_kv_heads", heads if "num_kv_heads" in values else None),
+        "intermediate_size": _number(values, "intermediate_size", width),
         "head_dim": _head_dim(directory, "model.layers.0.attn.q_proj.weight", heads),
         "compress_block": block,
         "compress_stride": block,
         "select_block": block,
-        "select_count": _power_of_two(values.get("block_counts") or 16),
-        "window": values.get("window_size") or 0,
-        "initial_blocks": values.get("initial_blocks", 1 if recent else 0),
-        "local_blocks": values.get("local_blocks", 2 if recent else 1),
+        "select_count": _power_of_two(_positive(values, "block_counts", 16)),
+        "window": _window(values, 512),
+        "initial_blocks": _number(values, "initial_blocks", 1 if recent else 0),
+        "local_blocks": _number(values, "local_blocks", 2 if recent else 1),
     }
 
 
 def _llama_nsa(values: dict, directory: Path) -> dict:
     """The NSA-1B family: only the own block is forced, and its top-k merges halves block by block (nsa 2.2)."""
-    block, count = values.get("block_size", 16), _power_of_two(values.get("block_counts") or 16)
+    block, count = _number(values, "block_size", 16), _power_of_two(_positive(values, "block_counts", 16))
+    heads = _positive(values, "num_attention_heads")
     return _llama(values, directory) | {
-        "head_dim": _head_dim(directory, "model.layers.0.self_attn.q_proj.weight", values["num_attention_heads"]),
+        "head_dim": _head_dim(directory, "model.layers.0.self_attn.q_proj.weight", heads),
         "compress_block": block,
         "compress_stride": block,
         "select_block": block,
         "select_count": count,
-        "window": values.get("window_size") or 0,
+        "window": _window(values, 128),
         "initial_blocks": 0,
         "local_blocks": 1,
         "topk": "streamed",
@@ -207,13 +245,13 @@ def _llama_nsa(values: dict, directory: Path) -> dict:
 
 def _llama(values: dict, directory: Path) -> dict:
     """What dense llama and qwen2 configs share."""
-    head_dim = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+    heads = _positive(values, "num_attention_heads")
     return {
-        "head_dim": head_dim,
-        "num_kv_heads": values.get("num_key_value_heads") or values["num_attention_heads"],
+        "head_dim": _number(values, "head_dim", _number(values, "hidden_size") // heads),
+        "num_kv_heads": _number(values, "num_key_value_heads", heads),
         "qkv_bias": values.get("attention_bias", False),
         "rope_theta": _rope_theta(values),
-        "rope_scaling": _rope_scaling(values, directory),
+        "rope_scaling": _rope_scaling(values),
     }
 
 
@@ -221,14 +259,27 @@ def _qwen2(values: dict, directory: Path) -> dict:
     return _llama(values, directory) | {"qkv_bias": True}
 
 
+def _window(values: dict, default: int) -> int:
+    """null or 0 turn the branch off, a missing key is the architecture's own default."""
+    return _number(values, "window_size", 0) if "window_size" in values else default
+
+
 def _rope_theta(values: dict) -> float:
-    return float(values.get("rope_theta") or (values.get("rope_parameters") or {}).get("rope_theta") or 10000.0)
+    nested = _number(_object(values, "rope_parameters"), "rope_theta", 10000.0, float)
+    return _number(values, "rope_theta", nested, float)
 
 
-def _rope_scaling(values: dict, directory: Path) -> RopeScaling | None:
+def _object(values: dict, key: str) -> dict:
+    found = values.get(key) or {}
+    if not isinstance(found, dict):
+        raise _Config(f"{key} must be an object, got {found!r}")
+    return found
+
+
+def _rope_scaling(values: dict) -> RopeScaling | None:
     """`rope_scaling`, or `rope_parameters` as newer libraries write it."""
-    scaling = values.get("rope_scaling") or values.get("rope_parameters")
-    kind = (scaling or {}).get("rope_type") or (scaling or {}).get("type") or "default"
+    scaling = _object(values, "rope_scaling") or _object(values, "rope_parameters")
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return None
     known = {f: scaling[f] for f in ("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor") if f in scaling}
@@ -236,15 +287,15 @@ def _rope_scaling(values: dict, directory: Path) -> RopeScaling | None:
     extra -= {"rope_theta"}
     if kind not in ("yarn", "llama3", "linear") or extra:
         what = ", ".join(sorted(extra)) or kind
-        raise ModelError(f"{directory / 'config.json'}: rope_scaling {what!r} is not supported")
-    trained = scaling.get("original_max_position_embeddings") or values["max_position_embeddings"]
-    return RopeScaling(float(scaling["factor"]), trained, kind=kind, **known)
+        raise _Config(f"rope_scaling {what!r} is not supported")
+    trained = _number(scaling, "original_max_position_embeddings", values.get("max_position_embeddings"))
+    return RopeScaling(_number(scaling, "factor", kind=float), trained, kind=kind, **known)
 
 
 def _head_dim(directory: Path, name: str, heads: int) -> int:
     """From the query projection: fla ignored the config's head_dim until 2025-12-13 and saved it all the same."""
     shape = tensor_shapes(directory).get(name)
-    if shape is None:
+    if not shape:
         raise ModelError(f"{directory}: no tensor {name}")
     return shape[0] // heads
 
@@ -262,7 +313,12 @@ _LLAMA_KEYS = _SHARED | {
     "intermediate_size": "intermediate_size",
     "rms_norm_eps": "norm_eps",
 }
-_LLAMA_FIXED = {"hidden_act": ("silu", "swish"), "mlp_bias": (False,), "use_sliding_window": (False,)}
+_LLAMA_FIXED = {
+    "hidden_act": ("silu", "swish"),
+    "mlp_bias": (False,),
+    "use_sliding_window": (False,),
+    "use_mrope": (False,),
+}
 _LLAMA_READS = frozenset(("head_dim", "num_key_value_heads", "attention_bias", "rope_scaling", "rope_parameters"))
 _LLAMA_NAMES = (
     ("model.embeddings.", "model.embed_tokens."),

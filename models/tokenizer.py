@@ -5,10 +5,10 @@ Only the template may produce control tokens: what a document or a question hold
 """
 
 import hashlib
-import json
 from pathlib import Path
 
 from nsa_models.errors import ModelError
+from nsa_models.formats import read_config, read_json
 
 DOCUMENT, QUESTION, SYSTEM = "\ue000document\ue001", "\ue000question\ue001", "\ue000system\ue001"
 
@@ -18,8 +18,6 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
 
     Raises ModelError if they are missing or unreadable, or hold more tokens than the checkpoint's vocabulary.
     """
-    from nsa_models.formats import read_config
-
     directory = Path(path)
     tokenizer = Tokenizer(directory)
     config = read_config(directory)
@@ -28,6 +26,8 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
             f"{directory / 'tokenizer.json'}: {tokenizer.vocab_size:,} tokens, but the checkpoint's vocabulary has "
             f"{config.vocab_size:,}; the tokenizer belongs to another model"
         )
+    if any(i >= config.vocab_size for i in config.eos_token_ids):
+        raise ModelError(f"{directory}: end token {max(config.eos_token_ids)} is beyond the vocabulary")
     tokenizer.eos_ids = config.eos_token_ids or tokenizer.eos_ids
     if tokenizer.adds_bos and tokenizer.bos_id is None:
         tokenizer.bos_id = config.bos_token_id
@@ -35,7 +35,7 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
 
 
 class Tokenizer:
-    """`vocab_size` counts added tokens; `digest` identifies the files; `eos_ids` end an answer."""
+    """`vocab_size` is one more than the largest id; `digest` identifies the files; `eos_ids` end an answer."""
 
     def __init__(self, directory: Path) -> None:
         raw = _read(directory / "tokenizer.json")
@@ -47,19 +47,11 @@ class Tokenizer:
         self._text = _backend(raw, directory)
         self._text.encode_special_tokens = True  # a control token's spelling is text
         self._control = _backend(raw, directory)
-        self.vocab_size = self._text.get_vocab_size(with_added_tokens=True)
-        try:
-            settings = json.loads(settings_raw)
-        except ValueError as error:
-            raise ModelError(f"{settings_file}: not JSON ({error})") from None
-        self._named = {
-            name: value["content"] if isinstance(value, dict) else value
-            for name in ("bos_token", "eos_token")
-            if (value := settings.get(name))
-        }
-        self._template = template_raw.decode() or settings.get("chat_template")
-        if isinstance(self._template, list):  # several named templates
-            self._template = next((t["template"] for t in self._template if t["name"] == "default"), None)
+        self.vocab_size = 1 + max(self._text.get_vocab(with_added_tokens=True).values(), default=-1)
+        settings = read_json(settings_file) if settings_file.is_file() else {}
+        self._named = {name: _spelling(settings, name, settings_file) for name in ("bos_token", "eos_token")}
+        self._named = {name: text for name, text in self._named.items() if text}
+        self._template = _template(template_raw, settings, template_file if template_raw else settings_file)
         self.adds_bos = bool(settings.get("add_bos_token"))
         self.bos_id = self._id("bos_token")
         eos = self._id("eos_token")
@@ -116,16 +108,21 @@ class Tokenizer:
         def refuse(message: str) -> None:
             raise TemplateError(message)
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = refuse
         try:
             text = environment.from_string(self._template).render(
                 messages=messages, add_generation_prompt=True, **self._named
             )
-        except (TemplateError, TypeError, AttributeError) as error:
-            raise ModelError(f"the checkpoint's chat template failed: {error}") from None
-        if DOCUMENT + QUESTION not in text or (len(messages) == 2 and SYSTEM not in text):
-            raise ModelError("the checkpoint's chat template drops a message; remove the template or --system")
+        except Exception as error:  # a template is a program: it may fail in any way
+            raise ModelError(f"the checkpoint's chat template failed: {error or type(error).__name__}") from None
+        before, *after = text.split(DOCUMENT + QUESTION)
+        if len(after) != 1 or before.count(SYSTEM) != len(messages) - 1 or SYSTEM in after[0]:
+            raise ModelError(
+                "the checkpoint's chat template drops, repeats or moves a message; remove the template or --system"
+            )
         return text
 
     def _encode_control(self, text: str) -> list[int]:
@@ -138,27 +135,28 @@ class Stream:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        self.start = 0  # ids[start:shown] are the context in which the next piece is decoded
-        self.shown = 0
+        self.start = 0  # ids[start:] are decoded: those before `whole` are the context of what follows them
+        self.whole = 0
+        self.given = 0  # characters of their text that were given out
 
     def push(self, token: int) -> str:
         """The text that this token completes, possibly none."""
         self.ids.append(token)
-        return self._advance(self.tokenizer.decode(self.ids[self.start :]))
-
-    def _advance(self, text: str) -> str:
-        if text.endswith("\ufffd") and len(self.ids) - self.shown < 8:  # a character has at most 4 bytes
-            return ""
-        known = self.tokenizer.decode(self.ids[self.start : self.shown])
-        self.start, self.shown = self.shown, len(self.ids)
-        return text[len(known) :]
+        text = self.tokenizer.decode(self.ids[self.start :])
+        stop = len(text.rstrip("\ufffd"))  # what the next token may turn into a character
+        piece = text[self.given : stop]
+        self.given = max(self.given, stop)
+        if stop == len(text):
+            self.start, self.whole = self.whole, len(self.ids)
+            self.given = len(self.tokenizer.decode(self.ids[self.start :]))
+        return piece
 
     def end(self) -> str:
         """What is left when no token will follow: incomplete bytes as U+FFFD."""
-        text = self.tokenizer.decode(self.ids[self.start :])
-        known = self.tokenizer.decode(self.ids[self.start : self.shown])
-        self.start = self.shown = len(self.ids)
-        return text[len(known) :]
+        piece = self.tokenizer.decode(self.ids[self.start :])[self.given :]
+        self.start = self.whole = len(self.ids)
+        self.given = 0
+        return piece
 
 
 def _read(path: Path) -> bytes:
@@ -172,6 +170,34 @@ def _backend(raw: bytes, directory: Path):
     import tokenizers
 
     try:
-        return tokenizers.Tokenizer.from_buffer(raw)
+        tokenizer = tokenizers.Tokenizer.from_buffer(raw)
     except Exception as error:  # the library raises bare Exception
         raise ModelError(f"{directory / 'tokenizer.json'}: not a tokenizer ({error})") from None
+    tokenizer.no_truncation()  # some files carry the settings of their training: a document would end at 512 tokens
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _spelling(settings: dict, name: str, file: Path) -> str | None:
+    value = settings.get(name)
+    if isinstance(value, dict):
+        value = value.get("content")
+    if value is not None and not isinstance(value, str):
+        raise ModelError(f"{file}: {name} must be a text, got {value!r}")
+    return value
+
+
+def _template(raw: bytes, settings: dict, file: Path) -> str | None:
+    """The template of chat_template.jinja, else of tokenizer_config.json: a text, or a list of named ones."""
+    try:
+        found = raw.decode() or settings.get("chat_template")
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{file}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    if isinstance(found, list):
+        named = {
+            t.get("name"): t.get("template") for t in found if isinstance(t, dict) and isinstance(t.get("name"), str)
+        }
+        found = named.get("default")
+    if found is not None and not isinstance(found, str):
+        raise ModelError(f"{file}: chat_template must be a text or a list of named texts")
+    return found

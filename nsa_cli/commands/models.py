@@ -6,10 +6,12 @@ from pathlib import Path
 import click
 
 from nsa_cli.settings import BUILTIN, models_dir, resolve_model
+from nsa_models.errors import ModelError
 
 
-@click.group("models")
-def command() -> None:
+@click.group("models", invoke_without_command=True)
+@click.pass_context
+def command(context: click.Context) -> None:
     """Install, list and check checkpoints.
 
     \b
@@ -19,6 +21,8 @@ def command() -> None:
       nsa models ls
       nsa models check my-checkpoint/
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 @command.command()
@@ -41,23 +45,33 @@ def install(name: str, base: Path | None, force: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def list_(as_json: bool) -> None:
     """List installed models, and built-in ones that are not installed."""
-    from nsa_models.formats import read_config, weights_bytes
     from nsa_models.install import manifests
 
-    folder = models_dir()
-    names = {p.parent.name for p in folder.glob("*/config.json")} | set(manifests())
-    for name in sorted(names):
-        row: dict = {"name": name, "installed": (folder / name / "config.json").is_file()}
-        if row["installed"]:
-            config = read_config(folder / name)
-            row |= {"context": config.max_position_embeddings, "bytes": weights_bytes(folder / name)}
-            row["path"] = str(folder / name)
+    found = {p.parent.name for p in models_dir().glob("*/config.json")} | set(manifests())
+    for name in sorted(name for name in found if not name.startswith(".")):  # a dot: an install that was killed
+        row = _row(name)
         if as_json:
             click.echo(json.dumps(row))
-        elif row["installed"]:
-            click.echo(f"{name}  {row['context']:,} tokens  {row['bytes'] / 1e6:,.0f} MB  {row['path']}")
-        else:
+        elif not row["installed"]:
             click.echo(f"{name}  not installed; run: nsa models install {name}")
+        elif "error" in row:
+            click.echo(f"{name}  unusable: {row['error']}")
+        else:
+            click.echo(f"{name}  {row['context']:,} tokens  {row['bytes'] / 1e6:,.0f} MB  {row['path']}")
+
+
+def _row(name: str) -> dict:
+    """One line of the list; a checkpoint that cannot be read is listed with the reason."""
+    from nsa_models.formats import read_config, weights_bytes
+
+    directory = models_dir() / name
+    if not (directory / "config.json").is_file():
+        return {"name": name, "installed": False}
+    row = {"name": name, "installed": True, "path": str(directory)}
+    try:
+        return row | {"context": read_config(directory).max_position_embeddings, "bytes": weights_bytes(directory)}
+    except ModelError as error:
+        return row | {"error": str(error)}
 
 
 @command.command()
