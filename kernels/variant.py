@@ -44,6 +44,8 @@ class Variant:
             raise ValueError(f"topk must be exact or streamed, got {self.topk!r}")
         if self.topk == "streamed" and (self.topk_chunk < 1 or self.select_count % 2):
             raise ValueError("a streamed top-k needs topk_chunk >= 1 and an even select_count")
+        if self.topk == "streamed" and self.initial_blocks + self.local_blocks > self.select_count // 2:
+            raise ValueError("a streamed top-k keeps half of select_count per side: more blocks are forced than that")
 
     @property
     def importance_weights(self) -> dict[int, int]:

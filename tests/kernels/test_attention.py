@@ -447,6 +447,11 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(attend, tuple(leaves.values()), fast_mode=True)
 
 
+def test_more_forced_blocks_than_a_streamed_topk_keeps_are_refused() -> None:
+    with pytest.raises(ValueError, match="more blocks are forced"):
+        Variant(16, 16, 16, 4, 1, 2, 32, topk="streamed", topk_chunk=8)
+
+
 @pytest.mark.parametrize("path", FAST)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
@@ -463,7 +468,7 @@ def test_fast_equals_reference_for_any_variant(path, data) -> None:
         importance_map=data.draw(st.sampled_from(["geometric", "literal"]), "map"),
     )
     if data.draw(st.booleans(), "streamed"):
-        even = variant.select_count // 2 * 2
+        even = 2 * max(variant.select_count // 2, variant.initial_blocks + variant.local_blocks)
         variant = replace(variant, select_count=even, topk="streamed", topk_chunk=data.draw(st.integers(2, 9), "chunk"))
     S = data.draw(st.integers(1, 150), "S")
     T = data.draw(st.integers(1, S), "T")
