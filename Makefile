@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-QUESTION ?= Where is the exit code of a budget error defined?
+DOCS ?= README.md
+QUESTION ?= Who owns the Heron?
 
 .PHONY: demo test lint format bench model clean
 
 demo: model  ## ask this repository a question with the built-in model
-	$(BIN)/nsa ask . "$(QUESTION)"
+	$(BIN)/nsa ask $(DOCS) "$(QUESTION)"
 
 test: model
 	$(BIN)/python -m pytest
