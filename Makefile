@@ -2,13 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-DOCS ?= README.md
-QUESTION ?= Who owns the Heron?
+DOCS ?= NOTICE
+QUESTION ?= Who made the base model?
 
 .PHONY: demo test lint format bench model clean
 
-demo: model  ## ask this repository a question with the built-in model
-	$(BIN)/nsa ask $(DOCS) "$(QUESTION)"
+demo: model  ## ask about a file of this repository with the built-in model
+	$(BIN)/nsa ask $(DOCS) "$(QUESTION)" --max-tokens 60
 
 test: model
 	$(BIN)/python -m pytest

