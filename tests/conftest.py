@@ -1,6 +1,7 @@
 """What the tests share: a tiny checkpoint with a tokenizer, and `nsa` run inside this process."""
 
 import io
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from the other animals in the old forest\n"
+
+# A shell starts background jobs with interrupts ignored, and what the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Run(NamedTuple):
