@@ -23,7 +23,8 @@ from nsa_models.formats import (
     tensor_shapes,
     weight_files,
 )
-from nsa_models.transformer import NSAModel, parameter_shapes
+from nsa_models.linear import Linear
+from nsa_models.transformer import Embedding, NSAModel, parameter_shapes
 
 SCALE = "_scale"  # an int8 weight X has its float scales, one per output channel, in X_scale
 
@@ -85,11 +86,15 @@ def _check_storage(model: NSAModel, source: Format, where: Path) -> None:
     for name, tensor in model.named_parameters():
         module, leaf = _owner(model, name)
         scaled = leaf == "weight" and getattr(module, "weight_scale", None) is not None
-        quantizes = leaf == "weight" and hasattr(module, "weight_scale")
-        if tensor.dtype == torch.int8 and not (scaled and quantizes):
-            raise ModelError(f"{where}: tensor {source.file_name(name)} is int8 without its {leaf}{SCALE}")
-        if tensor.dtype != torch.int8 and scaled:
-            raise ModelError(f"{where}: tensor {source.file_name(name)} has scales, but is not int8")
+        what = None
+        if tensor.dtype == torch.int8 and not scaled:
+            what = f"is int8 without its {leaf}{SCALE}"
+        elif tensor.dtype == torch.int8 and not isinstance(module, Linear | Embedding):
+            what = "may not be int8"
+        elif tensor.dtype != torch.int8 and scaled:
+            what = "has scales, but is not int8"
+        if what:
+            raise ModelError(f"{where}: tensor {source.file_name(name)} {what}")
 
 
 def _count(expected: Mapping, found: Mapping) -> str:
