@@ -107,6 +107,8 @@ def _read_gguf(path: Path) -> DenseSource:
     except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else error
         raise ModelError(f"{path}: the metadata cannot be used ({what})") from None
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}" if str(error).startswith("config: ") else str(error)) from None
     tensors = {}
     for tensor in reader.tensors:
         name = _gguf_name(tensor.name, path)
