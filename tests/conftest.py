@@ -84,6 +84,47 @@ def tiny_checkpoint(tmp_path_factory, tiny_tokenizer: bytes) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory, tiny_tokenizer: bytes) -> Path:
+    """A random dense qwen2 of one layer as a GGUF file of llama.cpp's."""
+    import json
+
+    import gguf
+    import numpy as np
+
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    vocabulary = json.loads(tiny_tokenizer)
+    tokens = sorted(vocabulary["model"]["vocab"], key=vocabulary["model"]["vocab"].get)
+    control = {token["content"] for token in vocabulary["added_tokens"]}
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_block_count(1)
+    writer.add_context_length(4096)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in control else 1 for token in tokens])
+    writer.add_token_merges([" ".join(merge) for merge in vocabulary["model"]["merges"]])
+    writer.add_eos_token_id(tokens.index("<|im_end|>"))
+    writer.add_chat_template(CHAT_TEMPLATE)
+    shapes = {"token_embd.weight": (len(tokens), 32), "output_norm.weight": (32,)}
+    shapes |= {"blk.0.attn_norm.weight": (32,), "blk.0.ffn_norm.weight": (32,), "blk.0.attn_output.weight": (32, 32)}
+    shapes |= {"blk.0.attn_q.weight": (32, 32), "blk.0.attn_k.weight": (16, 32), "blk.0.attn_v.weight": (16, 32)}
+    shapes |= {"blk.0.ffn_gate.weight": (48, 32), "blk.0.ffn_up.weight": (48, 32), "blk.0.ffn_down.weight": (32, 48)}
+    random = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        writer.add_tensor(name, (random.standard_normal(shape) * 0.3 + ("norm" in name)).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 @pytest.fixture
 def nsa(tiny_checkpoint: Path, tmp_path: Path, monkeypatch, capsys) -> Callable[..., Run]:
     """`nsa("ask", path, "question", stdin="text")` -> exit code, stdout, stderr; with its own store."""

@@ -8,7 +8,9 @@ import click
 @click.command("convert")
 @click.argument("dense", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--context", default=131072, show_default=True, help="Tokens that the NSA model shall read.")
+@click.option(
+    "--context", type=click.IntRange(1), default=131072, show_default=True, help="Tokens that the NSA model shall read."
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "int8"]),
@@ -16,13 +18,29 @@ import click
     show_default=True,
     help="Stored as.",
 )
-@click.option("--compress-block", default=32, show_default=True, help="Tokens per compressed key (l).")
 @click.option(
-    "--compress-stride", default=16, show_default=True, help="Tokens from one compressed key to the next (d)."
+    "--compress-block", type=click.IntRange(1), default=32, show_default=True, help="Tokens per compressed key (l)."
 )
-@click.option("--select-block", default=64, show_default=True, help="Tokens per selected block (l').")
-@click.option("--select-count", default=16, show_default=True, help="Blocks a query reads, forced ones included (n).")
-@click.option("--window", default=512, show_default=True, help="Tokens of the sliding window (w).")
+@click.option(
+    "--compress-stride",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Tokens from one compressed key to the next (d).",
+)
+@click.option(
+    "--select-block", type=click.IntRange(1), default=64, show_default=True, help="Tokens per selected block (l')."
+)
+@click.option(
+    "--select-count",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Blocks a query reads, forced ones included (n).",
+)
+@click.option(
+    "--window", type=click.IntRange(0), default=512, show_default=True, help="Tokens of the sliding window (w)."
+)
 def command(dense: Path, out: Path, context: int, dtype: str, **variant: int) -> None:
     """Convert DENSE, a llama or qwen2 checkpoint (a directory with safetensors, or a .gguf file), to OUT.
 

@@ -1,0 +1,168 @@
+"""`nsa models` and `nsa convert` from outside: what they print, exit codes, nothing half-written."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nsa_cli.settings import BUILTIN
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("NSA_DATA_DIR", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def installed(data, tiny_checkpoint) -> Path:
+    shutil.copytree(tiny_checkpoint, data / "models" / "tiny")
+    return data / "models" / "tiny"
+
+
+def fails(run, code: int, words: str) -> None:
+    """One line on stderr, nothing on stdout."""
+    assert (run.code, run.out) == (code, "")
+    assert words in run.err and run.err.startswith("nsa: ") and run.err.count("\n") == 1
+
+
+def test_bare_prints_help(nsa) -> None:
+    assert nsa("models") == nsa("models", "--help")
+    assert nsa("models").code == 0 and "install" in nsa("models").out
+
+
+class TestLs:
+    def test_nothing_installed(self, nsa, data) -> None:
+        assert nsa("models", "ls") == (0, f"{BUILTIN}  not installed; run: nsa models install {BUILTIN}\n", "")
+        assert json.loads(nsa("models", "ls", "--json").out) == {"name": BUILTIN, "installed": False}
+
+    def test_installed_ones(self, nsa, installed) -> None:
+        run = nsa("models", "ls")
+        assert run.code == 0 and f"tiny  32,768 tokens  0 MB  {installed}\n" in run.out
+        rows = [json.loads(line) for line in nsa("models", "ls", "--json").out.splitlines()]
+        size = (installed / "model.safetensors").stat().st_size
+        row = {"name": "tiny", "installed": True, "path": str(installed), "context": 32768, "bytes": size}
+        assert rows == [{"name": BUILTIN, "installed": False}, row]
+
+    def test_a_broken_one_does_not_hide_the_others(self, nsa, installed) -> None:
+        broken = installed.with_name("broken")
+        broken.mkdir()
+        (broken / "config.json").write_text("[]")
+        (installed.with_name(".tiny.killed")).mkdir()
+        shutil.copy(installed / "config.json", installed.with_name(".tiny.killed"))
+        run = nsa("models", "ls")
+        lines = run.out.splitlines()
+        assert run.code == 0 and len(lines) == 3
+        assert lines[0] == f"broken  unusable: {broken / 'config.json'}: not a JSON object"
+        row = json.loads(nsa("models", "ls", "--json").out.splitlines()[0])
+        assert row["installed"] and "not a JSON object" in row["error"]
+
+
+class TestShow:
+    def test_config_and_card(self, nsa, installed) -> None:
+        run = nsa("models", "show", "tiny")
+        assert run.code == 0 and json.loads(run.out)["select_count"] == 4
+        (installed / "MODEL_CARD.md").write_text("# Tiny\n")
+        assert nsa("models", "show", installed).out.endswith("}\n\n# Tiny\n")
+
+    def test_none(self, nsa, data) -> None:
+        fails(nsa("models", "show"), 5, f"model {BUILTIN} is not installed; run: nsa models install")
+        fails(nsa("models", "show", "tinny"), 5, "no checkpoint tinny")
+
+
+class TestCheck:
+    def test_a_sound_one(self, nsa, installed) -> None:
+        run = nsa("models", "check", "tiny")
+        assert (run.code, run.err) == (0, "")
+        assert len(run.out.splitlines()) == 5 and all(line.startswith("ok  ") for line in run.out.splitlines())
+
+    def test_a_weight_that_is_not_a_number(self, nsa, installed) -> None:
+        tensors = load_file(installed / "model.safetensors")
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+        save_file(tensors, installed / "model.safetensors")
+        run = nsa("models", "check", "tiny")
+        assert run.code == 5 and run.err.count("\n") == 1
+        assert "model.layers.1.mlp.up_proj.weight holds values that are not finite (1 tensors do)" in run.err
+        assert len(run.out.splitlines()) == 1  # what was sound before it
+
+    @pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "nsa", "nsa_format": 1, "num_heads": "x"}'])
+    def test_an_unreadable_config(self, nsa, installed, content: str) -> None:
+        (installed / "config.json").write_text(content)
+        fails(nsa("models", "check", installed), 5, str(installed))
+
+
+class TestInstall:
+    def test_an_unknown_name(self, nsa, data) -> None:
+        fails(nsa("models", "install", "tinny"), 5, f"no built-in model 'tinny'; there is {BUILTIN}")
+
+    def test_a_wrong_base(self, nsa, data, tiny_gguf, tmp_path) -> None:
+        fails(nsa("models", "install", "--base", tmp_path / "nowhere.gguf"), 5, "No such file or directory")
+        fails(nsa("models", "install", "--base", tiny_gguf), 5, "is not the pinned")
+        assert not data.exists()
+
+    def test_installed_already(self, nsa, installed) -> None:
+        installed.rename(installed.with_name(BUILTIN))
+        run = nsa("models", "install", "--base", "nowhere")
+        assert (run.code, run.out) == (0, "") and run.err.startswith(f"{BUILTIN} is installed: ")
+        fails(nsa("models", "install", "--base", "nowhere", "--force"), 5, "No such file")
+
+
+class TestConvert:
+    def test_a_gguf(self, nsa, tiny_gguf, tmp_path) -> None:
+        out = tmp_path / "out"
+        run = nsa("convert", tiny_gguf, out, "--context", 8192, "--select-count", 6)
+        assert run == (0, "", f"{out}: 8,192 tokens of context, dense up to 384\n")
+        assert nsa("models", "check", out).code == 0
+        fails(nsa("convert", tiny_gguf, out), 5, "exists; remove it or name another place")
+
+    def test_what_cannot_be(self, nsa, tiny_gguf, tmp_path) -> None:
+        out = tmp_path / "out"
+        fails(nsa("convert", tmp_path / "nowhere", out), 5, "no such checkpoint")
+        fails(nsa("convert", tiny_gguf, out, "--select-count", 2), 5, "exceed select_count (2)")
+        for option in ("--context", "--compress-block", "--select-count"):
+            run = nsa("convert", tiny_gguf, out, option, 0)
+            assert run.code == 2 and option in run.err
+        assert not out.exists()
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch, gguf, tokenizers
+import nsa_models.checkpoint, nsa_models.install as install
+from nsa_cli.cli import run
+base, args = Path(sys.argv[1]), sys.argv[2:]
+if "install" in args:
+    import hashlib
+    found = dict(package="p==1", file="tiny.gguf", sha256=hashlib.sha256(base.read_bytes()).hexdigest())
+    manifest = install.Manifest(args[2], found, 8192, "float32", {}, None)
+    install.manifests = lambda: {manifest.name: manifest}
+resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000))
+sys.exit(run(args))
+"""
+
+
+@pytest.mark.parametrize("command", ["convert", "install"])
+def test_a_full_disk_leaves_nothing_half_written(command: str, data, tiny_gguf, tmp_path) -> None:
+    """By a limit on the size of files, which the weights exceed: exit code 1, one line, an empty folder."""
+    out = tmp_path / "out"
+    out.mkdir()
+    arguments = {
+        "convert": ["convert", str(tiny_gguf), str(out / "model")],
+        "install": ["models", "install", BUILTIN, "--base", str(tiny_gguf)],
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tiny_gguf), *arguments[command]],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode, run.stdout) == (1, "")
+    assert "cannot write the checkpoint" in run.stderr.splitlines()[-1]
+    assert [line for line in run.stderr.splitlines() if line.startswith("nsa: ")] == run.stderr.splitlines()[-1:]
+    assert not list(out.iterdir()) and not list((data / "models").glob("*") if data.exists() else [])
