@@ -42,6 +42,8 @@ class _Head(ctypes.Structure):
 
 def supports(q: Tensor, *keys: Tensor) -> bool:
     """Whether the compiled code computes this call: a compiler was found, and it has the element types."""
+    if q.device.type != "cpu":
+        return False
     types = (torch.float32, torch.bfloat16)
     if q.dtype not in types or any(k.dtype not in types for k in keys):
         return False

@@ -22,7 +22,7 @@ GATE_BIAS = 14.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-def convert(source: str | Path, target: str | Path, context: int, dtype: str, **variant: int) -> NSAConfig:
+def convert(source: str | Path, target: str | Path, context: int, dtype: str, **variant: int | str) -> NSAConfig:
     """Write an NSA checkpoint made from the dense one at `source`; see `to_nsa`. dtype: float32, bfloat16 or int8.
 
     Returns its config. Raises ModelError as one line if the source cannot be used or `target` exists.
@@ -35,9 +35,10 @@ def convert(source: str | Path, target: str | Path, context: int, dtype: str, **
     return config
 
 
-def to_nsa(dense: DenseSource, context: int, **variant: int) -> tuple[NSAConfig, dict[str, Tensor]]:
+def to_nsa(dense: DenseSource, context: int, **variant: int | str) -> tuple[NSAConfig, dict[str, Tensor]]:
     """Config and float32 tensors of the NSA model. context: tokens it shall read; beyond the dense model's, RoPE is
-    scaled by dynamic YaRN. variant: fields of NSAConfig (compress_block, select_count, window, ...).
+    scaled by dynamic YaRN. variant: fields of NSAConfig (compress_block, compress_rope,
+    select_count, window, ...).
     """
     base = dense.config
     scaling = base.rope_scaling

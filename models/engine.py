@@ -8,7 +8,7 @@ from torch import Tensor
 from nsa_models.cache import Cache
 from nsa_models.errors import BudgetError
 from nsa_models.sampling import Sampler, Sampling
-from nsa_models.selection import SelectionCount
+from nsa_models.selection import SelectionMass
 from nsa_models.transformer import NSAModel
 
 Progress = Callable[[int, int], None]
@@ -21,13 +21,13 @@ def prefill(
     *,
     progress: Progress | None = None,
     chunk: int | None = None,
-    selection: SelectionCount | None = None,
+    selection: SelectionMass | None = None,
     dense: bool = False,
 ) -> Tensor:
     """Append `ids` to the cache, chunk by chunk, and return the logits (vocab,) that follow the last of them.
 
-    progress is called with (tokens done, tokens in all) after every chunk. selection collects the blocks that the
-    last token's queries chose. A `KeyboardInterrupt` leaves the cache valid up to the last whole chunk.
+    progress is called with (tokens done, tokens in all) after every chunk. selection collects where these
+    tokens look in the context. A `KeyboardInterrupt` leaves the cache valid up to the last whole chunk.
     """
     ids = torch.as_tensor(ids, dtype=torch.long)
     total = ids.shape[0]
@@ -42,11 +42,9 @@ def prefill(
     size = chunk or chunk_size(cache.length + total)
     for start in range(0, total, size):
         piece = ids[start : start + size]
-        hidden, blocks = model.advance(piece, cache, dense)
+        hidden = model.advance(piece, cache, dense, selection)
         if progress:
             progress(start + piece.shape[0], total)
-    if selection is not None:
-        selection.add(blocks[:, -1:], cache.length - 1)
     return model.logits(hidden[-1:])[0]
 
 
@@ -65,7 +63,7 @@ def decode(
     *,
     eos_ids: Iterable[int] = (),
     history: Iterable[int] = (),
-    selection: SelectionCount | None = None,
+    selection: SelectionMass | None = None,
     dense: bool = False,
 ) -> Iterator[int]:
     """Yield the tokens that follow, up to an end-of-sequence id (not yielded), `max_tokens` or a full cache.
@@ -81,8 +79,4 @@ def decode(
         yield token
         if step + 1 == sampling.max_tokens or cache.length >= cache.capacity:
             return
-        position = cache.length
-        hidden, blocks = model.advance(torch.tensor([token]), cache, dense)
-        if selection is not None:
-            selection.add(blocks, position)
-        logits = model.logits(hidden)[0]
+        logits = model.logits(model.advance(torch.tensor([token]), cache, dense, selection))[0]

@@ -1,4 +1,4 @@
-"""Which blocks the selected branch chose, beyond those it must: the raw material of evidence."""
+"""Where the selected branch looked beyond the blocks it must read: the raw material of evidence."""
 
 import torch
 from torch import Tensor
@@ -6,29 +6,58 @@ from torch import Tensor
 from nsa_models.config import NSAConfig
 
 
-class SelectionCount:
-    """Counts free choices per selection block, beside what uniform choice would have given."""
+class SelectionMass:
+    """Softmax mass that queries gave to freely chosen blocks, over all layers and heads, beside an expectation.
+
+    `mass` and `expected` are (NB,), one entry a selection block; forced blocks are left out.
+    """
 
     def __init__(self, config: NSAConfig, capacity: int) -> None:
         """capacity: the most tokens that queries may see."""
-        self.variant = config.variant
-        blocks = self.variant.block_count(capacity)
-        self.counts = torch.zeros(blocks, dtype=torch.float64)  # (NB,) times chosen, over layers, heads and queries
-        self.expected = torch.zeros(blocks, dtype=torch.float64)  # (NB,) the same if chosen at random
+        self.config = config
+        blocks = config.variant.block_count(capacity)
+        self.mass = torch.zeros(blocks, dtype=torch.float64)
+        self.expected = torch.zeros(blocks, dtype=torch.float64)  # the same mass spread evenly, or `calibrate`
+        self.queries = 0  # times layers
 
-    def add(self, block_indices: Tensor, offset: int) -> None:
-        """block_indices: (L, T, HKV, n) of T queries from position `offset`, -1 = none."""
-        v = self.variant
-        L, T, HKV, _ = block_indices.shape
-        index = block_indices.to("cpu", torch.int64)
-        current = (torch.arange(offset, offset + T) // v.select_block)[:, None, None]
+    def add(self, q: Tensor, k: Tensor, block_indices: Tensor, offset: int) -> None:
+        """One layer's queries q (T, HQ, D) from position `offset`, its keys k (S, HKV, D) and what they chose
+        (T, HKV, n), -1 = none.
+        """
+        v = self.config.variant
+        index = block_indices.to(torch.int64)
+        current = (torch.arange(offset, offset + q.shape[0], device=q.device) // v.select_block)[:, None, None]
         free = (index >= v.initial_blocks) & (index <= current - v.local_blocks)
-        self.counts += torch.bincount(index[free], minlength=self.counts.numel())
-        picks = free.sum((0, 2, 3)).double()  # (T,) free choices of all layers and heads
-        for t, last in enumerate((current.flatten() - v.local_blocks + 1).tolist()):
+        mass = block_mass(q, k, index, v.select_block, offset).masked_fill(~free, 0).double().cpu()
+        self.mass.index_add_(0, index.masked_fill(~free, 0).flatten().cpu(), mass.flatten())
+        self.queries += q.shape[0]
+        for total, last in zip(
+            mass.sum((1, 2)).tolist(), (current.flatten() - v.local_blocks + 1).tolist(), strict=True
+        ):
             if last > v.initial_blocks:
-                self.expected[v.initial_blocks : last] += picks[t] / (last - v.initial_blocks)
+                self.expected[v.initial_blocks : last] += total / (last - v.initial_blocks)
 
-    def lift(self) -> Tensor:
-        """(NB,) times chosen over times expected; 1 = chance, 0 where a block was never open to choice."""
-        return torch.where(self.expected > 0, self.counts / self.expected.clamp(min=1e-12), 0.0)
+    def calibrate(self, neutral: "SelectionMass") -> None:
+        """Expect what `neutral`, a question that asks nothing in particular, drew per query from the same context."""
+        if neutral.queries:
+            self.expected = neutral.mass * (self.queries / neutral.queries)
+
+
+def block_mass(q: Tensor, k: Tensor, index: Tensor, size: int, offset: int) -> Tensor:
+    """Softmax mass of each chosen block, summed over the heads of a group: (T, HKV, n), 0 for none.
+
+    q: (T, HQ, D); k: (S, HKV, D); index: (T, HKV, n) blocks of `size` tokens, -1 = none. offset: the first
+    query's position.
+    """
+    T, HQ, D = q.shape
+    HKV, n = index.shape[1:]
+    position = torch.arange(offset, offset + T, device=q.device)[:, None]
+    mass = torch.empty(index.shape, device=q.device)
+    for h in range(HKV):
+        token = (index[:, h, :, None] * size + torch.arange(size, device=q.device)).flatten(1)  # (T, n*size)
+        visible = (token >= 0) & (token <= position)
+        keys = k[:, h][token.clamp(0, k.shape[0] - 1)].to(q.dtype)  # (T, n*size, D)
+        group = q[:, h * (HQ // HKV) : (h + 1) * (HQ // HKV)] * D**-0.5
+        scores = torch.bmm(group, keys.transpose(1, 2)).float().masked_fill(~visible[:, None], -torch.inf)
+        mass[:, h] = torch.softmax(scores, -1).sum(1).view(T, n, size).sum(-1)
+    return mass

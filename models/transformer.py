@@ -16,6 +16,7 @@ from nsa_models.cache import Cache
 from nsa_models.config import NSAConfig
 from nsa_models.linear import FEW_ROWS, Linear, int8_linear
 from nsa_models.rope import Rope
+from nsa_models.selection import SelectionMass
 
 
 class RMSNorm(nn.Module):
@@ -54,8 +55,16 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, **factory)
         self.mlp = MLP(config, **factory)
 
-    def forward(self, x: Tensor, rope: Rope, angles: tuple[Tensor, Tensor], cache: Cache, dense: bool) -> Tensor:
-        """x: (T, H), updated. Returns the chosen blocks (T, HKV, n), or nothing to choose (T, HKV, 0) if dense."""
+    def forward(
+        self,
+        x: Tensor,
+        rope: Rope,
+        angles: tuple[Tensor, Tensor],
+        cache: Cache,
+        dense: bool,
+        selection: SelectionMass | None,
+    ) -> None:
+        """x: (T, H), updated."""
         attn, T = self.attn, x.shape[0]
         start, (cos, sin) = cache.length, angles
 
@@ -66,16 +75,17 @@ class Layer(nn.Module):
         attn.compress(rope, cache, start + T, x.dtype)
         if dense:
             k, v = (cache.read(attn.layer, name, 0, start + T) for name in ("k", "v"))
-            o, blocks = nsa_kernels.dense_attention(q, k, v, offset=start), q.new_empty(T, k.shape[1], 0)
+            o = nsa_kernels.dense_attention(q, k, v, offset=start)
         else:
             o, blocks = attn.attend(q, q_cmp, gates, cache)
+            if selection is not None:
+                selection.add(q, cache.read(attn.layer, "k", 0, start + T), blocks, start)
 
         def finish(rows: slice) -> None:
             x[rows] += attn.o_proj(o[rows].flatten(1))
             x[rows] += self.mlp(self.mlp_norm(x[rows]))
 
         over_rows(finish, T)
-        return blocks
 
 
 class Embedding(nn.Module):
@@ -132,14 +142,14 @@ class NSAModel(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids: (T,). Returns logits (T, vocab), computed as one chunk over an exact cache."""
         cache = Cache(self.config, input_ids.shape[0], self.device, self.dtype)
-        x, _ = self.advance(input_ids, cache)
-        return self.logits(x)
+        return self.logits(self.advance(input_ids, cache))
 
     @torch.no_grad()
-    def advance(self, ids: Tensor, cache: Cache, dense: bool = False) -> tuple[Tensor, Tensor]:
-        """Append T tokens to the cache. dense: full attention over the same weights, for comparison.
+    def advance(self, ids: Tensor, cache: Cache, dense: bool = False, selection: SelectionMass | None = None) -> Tensor:
+        """Append T tokens to the cache. dense: full attention over the same weights, for comparison. selection:
+        collects where the tokens look.
 
-        ids: (T,). Returns the last hidden states (T, H), normed, and the chosen blocks (L, T, HKV, n).
+        ids: (T,). Returns the last hidden states (T, H), normed.
         """
         T = ids.shape[0]
         if cache.length + T > cache.capacity:
@@ -148,9 +158,10 @@ class NSAModel(nn.Module):
         positions = torch.arange(cache.length, cache.length + T, device=self.device)
         angles = rope.angles(positions, self.dtype)
         x = self.model.embeddings(ids.to(self.device), self.dtype)
-        chosen = [layer(x, rope, angles, cache, dense) for layer in self.model.layers]
+        for layer in self.model.layers:
+            layer(x, rope, angles, cache, dense, selection)
         cache.length += T
-        return self.model.norm(x), torch.stack(chosen)
+        return self.model.norm(x)
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:

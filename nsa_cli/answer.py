@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nsa_models import Cache
 
 SCHEMA_VERSION = 1
+NEUTRAL = "What is this, and where is it?"
 STORED_BLOCK = 64  # stored contexts hold whole blocks of this many tokens
 
 
@@ -92,22 +93,19 @@ def answer(
     check_fit(checkpoint, context, question, request, capacity)
 
     start = time.perf_counter()
-    model = checkpoint.model
+    assert checkpoint.model is not None  # loaded here, for the clock
     loaded = time.perf_counter()
-
-    from nsa_models import prefill
-    from nsa_models.selection import SelectionCount
 
     shared = (len(prompt) - len(after)) // STORED_BLOCK * STORED_BLOCK
     cache, stored = read(checkpoint, prompt, shared, capacity, request.use_store)
-    selection = SelectionCount(model.config, cache.capacity)
-    logits = prefill(model, prompt[cache.length :], cache, selection=selection)
+    logits, asked, neutral = read_question(checkpoint, prompt[cache.length :], len(after), cache, request)
     prefilled = time.perf_counter()
 
-    text, tokens, finish_reason = generate(checkpoint, cache, logits, request, selection, tell)
+    text, tokens, finish_reason = generate(checkpoint, cache, logits, request, asked, tell)
+    asked.calibrate(neutral)
     return Answer(
         text,
-        find_evidence(selection, context, len(before), request.evidence),
+        find_evidence(asked, context, len(before), request.evidence),
         Usage(len(prompt), stored, tokens),
         Timings(loaded - start, prefilled - loaded, time.perf_counter() - prefilled),
         checkpoint.name,
@@ -175,6 +173,24 @@ def read(
             if refusal:
                 warn(f"this context is not stored: {refusal}")
     return cache, stored
+
+
+def read_question(checkpoint: Checkpoint, rest: Sequence[int], question: int, cache: "Cache", request: Request):
+    """Read `rest`, of which the last `question` tokens ask. Returns the logits that follow, where the question looked
+    and where `NEUTRAL` looks in the same context: some blocks draw any question (arXiv 2410.02642 calibrates so).
+    """
+    from nsa_models import prefill
+    from nsa_models.selection import SelectionMass
+
+    model = checkpoint.model
+    if len(rest) > question:
+        prefill(model, rest[:-question], cache)
+    asked, neutral = (SelectionMass(model.config, cache.capacity) for _ in range(2))
+    document, (_, after) = cache.length, checkpoint.tokenizer.prompt(NEUTRAL, request.system)
+    if request.evidence and document + len(after) <= min(cache.capacity, model.config.max_position_embeddings):
+        prefill(model, after, cache, selection=neutral)
+        cache.truncate(document)
+    return prefill(model, rest[-question:], cache, selection=asked), asked, neutral
 
 
 def generate(checkpoint, cache, logits, request: Request, selection, tell: Callable) -> tuple[str, int, str]:

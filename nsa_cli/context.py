@@ -201,6 +201,8 @@ def check_budget(tokens: int, limit: int, files: Sequence[ContextFile]) -> None:
     over = tokens - limit
     if over <= 0:
         return
+    if limit <= 0:
+        raise BudgetError("the question and its answer alone take more than the context holds; raise --max-context")
     largest = sorted(files, key=lambda file: -file.tokens)[:3]
     named = ", ".join(f"{file.path} {file.tokens:,}" for file in largest)
     leave_out = what_to_exclude(over, {file.path: file.tokens for file in files})

@@ -1,19 +1,19 @@
-"""Where the model looked: the blocks that answering chose more often than chance, as path and lines."""
+"""Where the model looked: the blocks that drew more attention than any question would, as path and lines."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nsa_cli.context import Context
-    from nsa_models.selection import SelectionCount
+    from nsa_models.selection import SelectionMass
 
-SIGNIFICANT = 2.0  # standard deviations above chance; fewer choices than that are noise
+SIGNIFICANT = 2.0  # square roots of what was expected, above it; less is noise
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Lines start..end (from 1, inclusive) of a file, chosen `lift` times as often as chance."""
+    """Lines start..end (from 1, inclusive) of a file; lift: their attention over what any question gives them."""
 
     path: str
     start: int
@@ -27,44 +27,46 @@ class Evidence:
         return asdict(self) | {"lift": round(self.lift, 2)}
 
 
-def find_evidence(selection: "SelectionCount", context: "Context", offset: int, limit: int) -> list[Evidence]:
-    """The `limit` blocks of the context with the highest lift, best first; neighbours in a file become one.
+def find_evidence(selection: "SelectionMass", context: "Context", offset: int, limit: int) -> list[Evidence]:
+    """The `limit` blocks that drew most beyond what was expected, by its noise; neighbours in a file become one.
 
     offset: tokens of the prompt before the context's first. Attended, not proven: lift says where, not why.
     """
-    size = selection.variant.select_block
+    size = selection.config.select_block
     lift = smoothed_lift(selection)
-    chosen = sorted(lift, key=lift.__getitem__, reverse=True)
+    strength = ((selection.mass - selection.expected) / (selection.expected + 0.5).sqrt()).tolist()
     places = []
-    for block in chosen:
+    for block in sorted(lift, key=strength.__getitem__, reverse=True):
         start = max(block * size - offset, 0)
         stop = min((block + 1) * size - offset, len(context.ids))
         found = context.locate(start, stop) if start < stop else []
         places += [(block, Evidence(p.path, p.first_line, p.last_line, lift[block])) for p in found]
         if len(places) >= limit:
             break
-    return sorted(merge(places[:limit]), key=lambda e: -e.lift)
+    return merge(places[:limit])
 
 
-def smoothed_lift(selection: "SelectionCount") -> dict[int, float]:
-    """Block -> lift of every block chosen significantly more often than chance.
+def smoothed_lift(selection: "SelectionMass") -> dict[int, float]:
+    """Block -> lift of every block that drew significantly more than expected.
 
-    One choice is added to both sides, which draws blocks that were hardly open to choice towards 1.
+    One query's whole attention is added to both sides, which draws blocks that were hardly open to choice towards 1.
     """
-    counts, expected = selection.counts, selection.expected
-    significant = counts > expected + SIGNIFICANT * expected.sqrt()
-    lift = (counts + 1) / (expected + 1)
+    mass, expected = selection.mass, selection.expected
+    significant = mass > expected + SIGNIFICANT * expected.sqrt()
+    lift = (mass + 1) / (expected + 1)
     return {block: float(lift[block]) for block in significant.nonzero().flatten().tolist()}
 
 
-def merge(places: Iterable[tuple[int, Evidence]]) -> list[Evidence]:
-    """Join evidence of neighbouring blocks in one file; the joint lift is the higher one."""
-    merged: list[tuple[int, Evidence]] = []
+def merge(places: Sequence[tuple[int, Evidence]]) -> list[Evidence]:
+    """Join evidence of neighbouring blocks in one file, at the rank and with the lift of the better one."""
+    ranked = {(block, e.path): rank for rank, (block, e) in enumerate(places)}
+    merged: list[tuple[int, int, Evidence]] = []  # rank, last block, evidence
     for block, e in sorted(places, key=lambda place: place[0]):  # a block's own places stay in order
-        last_block, last = merged[-1] if merged else (None, None)
-        if last and block == last_block + 1 and last.path == e.path:
+        rank = ranked[block, e.path]
+        if merged and block == merged[-1][1] + 1 and merged[-1][2].path == e.path:
+            best, _, last = merged[-1]
             joint = Evidence(e.path, last.start, max(last.end, e.end), max(last.lift, e.lift))
-            merged[-1] = (block, joint)
+            merged[-1] = (min(best, rank), block, joint)
         else:
-            merged.append((block, e))
-    return [e for _, e in merged]
+            merged.append((rank, block, e))
+    return [e for _, _, e in sorted(merged, key=lambda item: item[0])]

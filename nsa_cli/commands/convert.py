@@ -24,9 +24,16 @@ import click
 @click.option(
     "--compress-stride",
     type=click.IntRange(1),
-    default=16,
+    default=32,
     show_default=True,
     help="Tokens from one compressed key to the next (d).",
+)
+@click.option(
+    "--compress-rope",
+    type=click.Choice(["before", "after", "none"]),
+    default="none",
+    show_default=True,
+    help="When compressed keys are rotated; un-rotated ones match at any distance without training.",
 )
 @click.option(
     "--select-block", type=click.IntRange(1), default=64, show_default=True, help="Tokens per selected block (l')."
@@ -41,7 +48,7 @@ import click
 @click.option(
     "--window", type=click.IntRange(0), default=512, show_default=True, help="Tokens of the sliding window (w)."
 )
-def command(dense: Path, out: Path, context: int, dtype: str, **variant: int) -> None:
+def command(dense: Path, out: Path, context: int, dtype: str, **variant: int | str) -> None:
     """Convert DENSE, a llama or qwen2 checkpoint (a directory with safetensors, or a .gguf file), to OUT.
 
     The result answers as the dense model does for contexts of up to select-count * select-block tokens; beyond them

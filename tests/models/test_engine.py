@@ -10,7 +10,6 @@ from nsa_models.config import RopeScaling
 from nsa_models.cost import cache_bytes
 from nsa_models.errors import BudgetError, ModelError
 from nsa_models.linear import Linear
-from nsa_models.selection import SelectionCount
 from nsa_models.transformer import NSAModel, parameter_shapes
 
 CONFIG = NSAConfig(
@@ -88,7 +87,7 @@ def test_decode_step_equals_prefill_of_one_token(model: NSAModel) -> None:
     cache = exact_cache(model, 171)
     prefill(model, ids[:150], cache)
     for t in range(150, 171):
-        hidden, _ = model.advance(ids[t : t + 1], cache)
+        hidden = model.advance(ids[t : t + 1], cache)
         torch.testing.assert_close(model.logits(hidden)[0], expected[t], atol=2e-5, rtol=1e-4)
 
 
@@ -139,11 +138,9 @@ def test_dense_equals_nsa_while_every_block_is_selected() -> None:
         layer.attn.g_proj.bias.copy_(torch.tensor([-30.0, 30.0, -30.0]).repeat(6))
     ids = random_ids(100)
     sparse = model(ids)
-    hidden, blocks = model.advance(ids, exact_cache(model, 100), dense=True)
-    dense = model.logits(hidden)
+    dense = model.logits(model.advance(ids, exact_cache(model, 100), dense=True))
     torch.testing.assert_close(sparse[:64], dense[:64], atol=2e-5, rtol=1e-4)
     assert (sparse[70:] - dense[70:]).abs().max() > 1e-3
-    assert blocks.shape == (2, 100, 2, 0)
 
 
 def test_scaling_follows_the_capacity() -> None:
@@ -235,26 +232,6 @@ def test_cache_bytes_are_what_is_allocated(model: NSAModel) -> None:
     cache = Cache.for_model(model, 203)
     allocated = sum(b.numel() * b.element_size() for b in cache.buffers.values())
     assert cache_bytes(model.config, 203) == allocated
-
-
-def test_selection_count_leaves_out_forced_blocks_and_knows_chance() -> None:
-    count = SelectionCount(CONFIG, 320)
-    # One layer, one query in block 10, two key heads: 0 initial, 9 and 10 local, one free choice each.
-    count.add(torch.tensor([[[[0, 4, 9, 10], [0, 7, 9, 10]]]]), offset=170)
-    assert count.counts.nonzero().flatten().tolist() == [4, 7]
-    assert count.expected[1:9].tolist() == pytest.approx([2 / 8] * 8)
-    assert count.expected[[0, 9, 10]].sum() == 0
-    assert count.lift()[4] == pytest.approx(4.0)
-
-
-def test_selection_is_collected_while_decoding() -> None:
-    model = random_model(CONFIG)
-    cache, count = exact_cache(model, 220), SelectionCount(CONFIG, 220)
-    logits = prefill(model, random_ids(200), cache, selection=count)
-    assert count.counts.sum() == 2 * 2 * 1  # layers x key heads x (n - forced)
-    list(decode(model, cache, logits, Sampling(max_tokens=5), selection=count))
-    assert count.counts.sum() == 2 * 2 * 5
-    assert count.expected.sum() == pytest.approx(count.counts.sum().item())
 
 
 def test_int8_linear_few_rows_and_many_rows_agree() -> None:

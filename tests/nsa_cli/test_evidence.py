@@ -1,13 +1,12 @@
 """Evidence: counts of chosen blocks -> places, ranked by lift, only of the document, only beyond chance."""
 
 import pytest
-import torch
 
 from nsa_cli.context import build_context
 from nsa_cli.documents import Document
 from nsa_cli.evidence import Evidence, find_evidence, smoothed_lift
 from nsa_models import NSAConfig
-from nsa_models.selection import SelectionCount
+from nsa_models.selection import SelectionMass
 
 BLOCK = 64
 CONFIG = NSAConfig(
@@ -35,12 +34,12 @@ def context_of(*texts: str):
     return build_context([Document(f"{'abc'[i]}.txt", text) for i, text in enumerate(texts)], Letters())
 
 
-def selection_of(blocks: int, chosen: dict[int, float], expected: float = 10.0) -> SelectionCount:
-    selection = SelectionCount(CONFIG, blocks * BLOCK)
-    selection.counts[:] = expected
+def selection_of(blocks: int, chosen: dict[int, float], expected: float = 10.0) -> SelectionMass:
+    selection = SelectionMass(CONFIG, blocks * BLOCK)
+    selection.mass[:] = expected
     selection.expected[:] = expected
     for block, count in chosen.items():
-        selection.counts[block] = count
+        selection.mass[block] = count
     return selection
 
 
@@ -92,13 +91,6 @@ def test_chance_is_no_evidence():
 
 def test_a_block_that_was_hardly_open_to_choice_does_not_lead():
     selection = selection_of(30, {4: 60})
-    selection.counts[9], selection.expected[9] = 2, 0.1  # a plain ratio would say 20
+    selection.mass[9], selection.expected[9] = 2, 0.1  # a plain ratio would say 20
     lift = smoothed_lift(selection)
     assert lift[4] > lift[9] > 1
-
-
-def test_a_document_that_is_read_whole_has_no_evidence():
-    selection = SelectionCount(CONFIG, 8 * BLOCK)
-    every = torch.arange(8).expand(1, 20, 1, 8)
-    selection.add(every, 7 * BLOCK)
-    assert find_evidence(selection, context_of(LINES * 12), 0, 5) == []
