@@ -276,7 +276,7 @@ def test_addresses_beyond_two_to_the_31(path) -> None:
 @pytest.mark.parametrize("path", FAST)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_every_element_is_written(path, shape: tuple, poisoned) -> None:
-    """New memory holds NaN (torch's) or huge numbers (C's): an element that is read before it is written shows."""
+    """New memory holds NaN: an element that is read before it is written shows."""
     inputs = tensors(shape, PAPER)
     assert torch.empty(3).isnan().all()
     o, chosen = path.nsa_attention(**inputs)
@@ -287,17 +287,26 @@ def test_every_element_is_written(path, shape: tuple, poisoned) -> None:
 
 @pytest.fixture
 def poisoned():
-    """Uninitialized memory of this process is poison: torch fills it, and glibc's malloc below 32 MB."""
+    """Uninitialized memory of this thread is NaN: torch fills it by itself; of the heap, 32 MB are filled and freed."""
     libc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # another thread has another heap
     torch.use_deterministic_algorithms(True)
     if libc:
         libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: mapped memory would be zero
-        libc.mallopt(-6, 0x80)  # M_PERTURB: allocated memory is filled with 0x7f
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: what is freed stays
+        libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+        blocks = [libc.malloc(1 << 20) for _ in range(32)]
+        for block in blocks:
+            ctypes.memset(block, 0xFF, 1 << 20)
+        for block in blocks:
+            libc.free(block)
     yield
     if libc:
-        libc.mallopt(-6, 0)
         libc.mallopt(-3, 128 * 1024)
+        libc.mallopt(-1, 128 * 1024)
     torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
 
 
 class TestDispatch:
