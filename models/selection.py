@@ -9,7 +9,8 @@ from nsa_models.config import NSAConfig
 class SelectionMass:
     """Softmax mass that queries gave to freely chosen blocks, over all layers and heads, beside an expectation.
 
-    `mass` and `expected` are (NB,), one entry a selection block; forced blocks are left out.
+    `mass` and `expected` are (NB,), one entry a selection block. Blocks that are forced for any of the queries are left
+    out: what lies right before a question is local to its first words only.
     """
 
     def __init__(self, config: NSAConfig, capacity: int) -> None:
@@ -19,6 +20,7 @@ class SelectionMass:
         self.mass = torch.zeros(blocks, dtype=torch.float64)
         self.expected = torch.zeros(blocks, dtype=torch.float64)  # the same mass spread evenly, or `calibrate`
         self.queries = 0  # times layers
+        self.open = -1  # blocks from here on are, or were for the first query, local
 
     def add(self, q: Tensor, k: Tensor, block_indices: Tensor, offset: int) -> None:
         """One layer's queries q (T, HQ, D) from position `offset`, its keys k (S, HKV, D) and what they chose
@@ -26,16 +28,14 @@ class SelectionMass:
         """
         v = self.config.variant
         index = block_indices.to(torch.int64)
-        current = (torch.arange(offset, offset + q.shape[0], device=q.device) // v.select_block)[:, None, None]
-        free = (index >= v.initial_blocks) & (index <= current - v.local_blocks)
+        if self.open < 0:
+            self.open = offset // v.select_block - v.local_blocks + 1
+        free = (index >= v.initial_blocks) & (index < self.open)
         mass = block_mass(q, k, index, v.select_block, offset).masked_fill(~free, 0).double().cpu()
         self.mass.index_add_(0, index.masked_fill(~free, 0).flatten().cpu(), mass.flatten())
         self.queries += q.shape[0]
-        for total, last in zip(
-            mass.sum((1, 2)).tolist(), (current.flatten() - v.local_blocks + 1).tolist(), strict=True
-        ):
-            if last > v.initial_blocks:
-                self.expected[v.initial_blocks : last] += total / (last - v.initial_blocks)
+        if self.open > v.initial_blocks:
+            self.expected[v.initial_blocks : self.open] += mass.sum() / (self.open - v.initial_blocks)
 
     def calibrate(self, neutral: "SelectionMass") -> None:
         """Expect what `neutral`, a question that asks nothing in particular, drew per query from the same context."""
