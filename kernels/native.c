@@ -30,22 +30,24 @@
 typedef float vf __attribute__((vector_size(4 * VL)));
 typedef int32_t vi __attribute__((vector_size(4 * VL)));
 
-/* One key head. Strides count elements from one token to the next; the G heads of a token's group are contiguous. */
+/* A call. X_stride counts elements from one token to the next, X_head from one key head to the next; a token's query
+ * heads are contiguous. Within a task the pointers, T and offset are those of one key head and a run of queries. */
 typedef struct {
     int64_t T, offset, S, G, D, Dv;              /* queries, position of the first, keys, sizes */
     int64_t NC, l, d;                            /* compressed keys, their block and stride */
     int64_t block, n, initial, local, window;    /* selection blocks, window */
     int64_t chunk;                               /* blocks per merge step of a streamed top-k, 0 = exact */
     int64_t weight_first, weights;               /* eq. 9: offset of weight[0], how many */
-    int64_t q_stride, q_cmp_stride, gate_stride, out_stride, chosen_stride;
+    int64_t q_stride, q_cmp_stride, gates_stride, out_stride, chosen_stride;
     int64_t k_stride, v_stride, k_cmp_stride, v_cmp_stride, k_swa_stride, v_swa_stride;
+    int64_t k_head, v_head, k_cmp_head, v_cmp_head, k_swa_head, v_swa_head;
     int64_t kv_bf16, cmp_bf16;                   /* element types of keys and values; queries' is the call's */
     double scale;                                /* softmax scale times log2 e */
-    const void *q, *q_cmp, *k, *v, *k_cmp, *v_cmp, *k_swa, *v_swa, *gates;
+    const char *q, *q_cmp, *k, *v, *k_cmp, *v_cmp, *k_swa, *v_swa, *gates;
     const float *weight;
-    void *out;
+    char *out;
     int32_t *chosen;
-} nsa_head;
+} nsa_call;
 
 /* Memory of one call, freed together. */
 typedef struct {
@@ -153,7 +155,7 @@ static void transpose16(uint32_t *dst, int64_t dst_stride, const uint16_t *src, 
 #endif
 
 /* Compressed keys wholly in the past of a query. */
-static int64_t visible(const nsa_head *h, int64_t position)
+static int64_t visible(const nsa_call *h, int64_t position)
 {
     int64_t n = position + 1 < h->l ? 0 : (position + 1 - h->l) / h->d + 1;
     return smaller(n, h->NC);
@@ -177,7 +179,7 @@ static int64_t top(const float *score, int64_t from, int64_t to, int64_t n, floa
 }
 
 /* Eq. 9, 11 and 12 for one query: group[c] is its heads' probability of compressed key c. */
-static void choose(const nsa_head *h, int64_t t, const float *group, int64_t keys, float *mapped, float *best)
+static void choose(const nsa_call *h, int64_t t, const float *group, int64_t keys, float *mapped, float *best)
 {
     int64_t current = (h->offset + t) / h->block, ratio = h->block / h->d, n = h->n, found;
     int32_t *chosen = h->chosen + t * h->chosen_stride;

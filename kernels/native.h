@@ -234,7 +234,7 @@ static inline float NAME(update)(
 
 /* `count` keys from key0 on against the queries list[0..n), or first..first+n-1 where list is NULL. */
 static void NAME(attend)(
-    const nsa_head *h, const NAME(batch) *b, NAME(state) *state, int64_t width, int64_t key0, int64_t count,
+    const nsa_call *h, const NAME(batch) *b, NAME(state) *state, int64_t width, int64_t key0, int64_t count,
     const void *k, int64_t k_stride, const void *v, int64_t v_stride, const int32_t *list, int64_t first, int64_t n,
     int64_t window)
 {
@@ -263,9 +263,9 @@ static void NAME(attend)(
     }
 }
 
-static inline float NAME(gate)(const nsa_head *h, int64_t row, int which)
+static inline float NAME(gate)(const nsa_call *h, int64_t row, int which)
 {
-    int64_t at = row / h->G * h->gate_stride + row % h->G * 3 + which;
+    int64_t at = row / h->G * h->gates_stride + row % h->G * 3 + which;
 #if BF16
     return from_bf16(((const uint16_t *)h->gates)[at]);
 #else
@@ -274,7 +274,7 @@ static inline float NAME(gate)(const nsa_head *h, int64_t row, int which)
 }
 
 /* acc += gate * o / l for every row. */
-static void NAME(add_branch)(const nsa_head *h, const NAME(state) *state, int64_t width, int which, float *acc)
+static void NAME(add_branch)(const nsa_call *h, const NAME(state) *state, int64_t width, int which, float *acc)
 {
     for (int64_t r = 0; r < h->T * h->G; r++) {
         float weight = NAME(gate)(h, r, which) / total(load(state->l + r * VL));
@@ -283,7 +283,7 @@ static void NAME(add_branch)(const nsa_head *h, const NAME(state) *state, int64_
 }
 
 /* Branch 1 and the choice of blocks: acc = g_cmp o_cmp, h->chosen. Some queries at a time against all their keys. */
-static void NAME(compressed)(const nsa_head *h, float *acc, int64_t width, arena *memory)
+static void NAME(compressed)(const nsa_call *h, float *acc, int64_t width, arena *memory)
 {
     int64_t G = h->G, words = h->D / PER_WORD, at_once = larger(1, BATCH_ROWS / G);
     int64_t NC = visible(h, h->offset + h->T - 1), padded = larger(PW, round_up(NC, PW));
@@ -331,7 +331,7 @@ static void NAME(compressed)(const nsa_head *h, float *acc, int64_t width, arena
 }
 
 /* Branch 2: every block once, for all queries that chose it. */
-static void NAME(selected)(const nsa_head *h, NAME(state) *state, int64_t width, arena *memory)
+static void NAME(selected)(const nsa_call *h, NAME(state) *state, int64_t width, arena *memory)
 {
     int64_t NB = (h->offset + h->T - 1) / h->block + 1;
     int64_t *stop = take(memory, (NB + 1) * sizeof(int64_t));
@@ -357,7 +357,7 @@ static void NAME(selected)(const nsa_head *h, NAME(state) *state, int64_t width,
 }
 
 /* Branch 3: every run of PW keys once, for the queries whose window reaches it. */
-static void NAME(windowed)(const nsa_head *h, NAME(state) *state, int64_t width, arena *memory)
+static void NAME(windowed)(const nsa_call *h, NAME(state) *state, int64_t width, arena *memory)
 {
     NAME(batch) b = NAME(new_batch)(memory, larger(1, BATCH_ROWS / h->G) * h->G, PW, h->D, width);
     if (memory->failed) return;
@@ -369,9 +369,31 @@ static void NAME(windowed)(const nsa_head *h, NAME(state) *state, int64_t width,
     }
 }
 
-/* All branches of one key head. Returns 0, or -1 if there is no memory. */
-int NAME(nsa_attention)(const nsa_head *h)
+/* The part of a call that is queries first..first+T-1 of one key head. */
+static nsa_call NAME(task)(const nsa_call *call, int64_t head, int64_t first, int64_t T)
 {
+    nsa_call h = *call;
+    int64_t size = BF16 ? 2 : 4, kv = h.kv_bf16 ? 2 : 4, cmp = h.cmp_bf16 ? 2 : 4, group = head * h.G;
+    h.T = T;
+    h.offset += first;
+    h.q += (first * h.q_stride + group * h.D) * size;
+    h.q_cmp += (first * h.q_cmp_stride + group * h.D) * size;
+    h.gates += (first * h.gates_stride + group * 3) * size;
+    h.out += (first * h.out_stride + group * h.Dv) * size;
+    h.chosen += first * h.chosen_stride + head * h.n;
+    h.k += head * h.k_head * kv;
+    h.v += head * h.v_head * kv;
+    h.k_swa += head * h.k_swa_head * kv;
+    h.v_swa += head * h.v_swa_head * kv;
+    h.k_cmp += head * h.k_cmp_head * cmp;
+    h.v_cmp += head * h.v_cmp_head * cmp;
+    return h;
+}
+
+/* All branches of one key head for queries first..first+T-1 of a call. Returns 0, or -1 if there is no memory. */
+int NAME(nsa_attention)(const nsa_call *call, int64_t head, int64_t first, int64_t T)
+{
+    nsa_call task = NAME(task)(call, head, first, T), *h = &task;
     arena memory = {{0}, 0, 0};
     int64_t rows = h->T * h->G, width = round_up(h->Dv, PW);
     float *acc = take(&memory, rows * width * sizeof(float));

@@ -24,14 +24,15 @@ from nsa_kernels.variant import Variant
 
 _INTEGERS = (
     *("T", "offset", "S", "G", "D", "Dv", "NC", "l", "d", "block", "n", "initial", "local", "window", "chunk"),
-    *("weight_first", "weights", "q_stride", "q_cmp_stride", "gate_stride", "out_stride", "chosen_stride"),
-    *("k_stride", "v_stride", "k_cmp_stride", "v_cmp_stride", "k_swa_stride", "v_swa_stride", "kv_bf16", "cmp_bf16"),
+    *("weight_first", "weights", "q_stride", "q_cmp_stride", "gates_stride", "out_stride", "chosen_stride"),
+    *("k_stride", "v_stride", "k_cmp_stride", "v_cmp_stride", "k_swa_stride", "v_swa_stride"),
+    *("k_head", "v_head", "k_cmp_head", "v_cmp_head", "k_swa_head", "v_swa_head", "kv_bf16", "cmp_bf16"),
 )
 _POINTERS = ("q", "q_cmp", "k", "v", "k_cmp", "v_cmp", "k_swa", "v_swa", "gates", "weight", "out", "chosen")
 
 
-class _Head(ctypes.Structure):
-    """`nsa_head` of native.c, field for field."""
+class _Call(ctypes.Structure):
+    """`nsa_call` of native.c, field for field."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in _INTEGERS),
@@ -76,15 +77,15 @@ def nsa_attention(
     k_cmp, v_cmp = _rows(k_cmp, v_cmp)
     out = q.new_empty(T, HQ, Dv)
     chosen = torch.empty(T, HKV, variant.select_count, dtype=torch.int32)
-    tensors = dict(zip(_POINTERS, (q, q_cmp, k, v, k_cmp, v_cmp, k_swa, v_swa, gates), strict=False))
-    weights = variant.importance_weights
-    first, last = min(weights), max(weights)
-    tensors |= {"weight": torch.tensor([float(weights.get(i, 0)) for i in range(first, last + 1)])}
-    tensors |= {"out": out, "chosen": chosen}
-    shared = dict(
+    weights = _importance(variant)
+    call = _Call(
+        T=T,
+        offset=offset,
+        S=offset + T,
         G=HQ // HKV,
         D=q.shape[2],
         Dv=Dv,
+        NC=variant.compressed_count(offset + T),
         l=variant.compress_block,
         d=variant.compress_stride,
         block=variant.select_block,
@@ -93,31 +94,30 @@ def nsa_attention(
         local=variant.local_blocks,
         window=variant.window,
         chunk=variant.topk_chunk if variant.topk == "streamed" else 0,
-        weight_first=first,
-        weights=last - first + 1,
-        NC=variant.compressed_count(offset + T),
-        S=offset + T,
-        scale=math.log2(math.e) * (q.shape[2] ** -0.5 if scale is None else scale),
+        weight_first=min(variant.importance_weights),
+        weights=weights.numel(),
         kv_bf16=k.dtype == torch.bfloat16,
         cmp_bf16=k_cmp.dtype == torch.bfloat16,
-        **{f"{name}_stride": tensors[name].stride(0) for name in ("q", "q_cmp", "k", "v", "k_cmp", "v_cmp")},
-        **{f"{name}_stride": tensors[name].stride(0) for name in ("k_swa", "v_swa", "out", "chosen")},
-        gate_stride=gates.stride(0),
+        scale=math.log2(math.e) * (q.shape[2] ** -0.5 if scale is None else scale),
     )
+    keys = dict(k=k, v=v, k_cmp=k_cmp, v_cmp=v_cmp, k_swa=k_swa, v_swa=v_swa)
+    rows = dict(q=q, q_cmp=q_cmp, gates=gates, out=out, chosen=chosen)
+    for name, x in {**keys, **rows, "weight": weights}.items():
+        setattr(call, name, x.data_ptr())
+    for name, x in {**keys, **rows}.items():
+        setattr(call, f"{name}_stride", x.stride(0))
+    for name, x in keys.items():
+        setattr(call, f"{name}_head", x.stride(1))
     attend = getattr(_library(), "nsa_attention_bf16" if q.dtype == torch.bfloat16 else "nsa_attention_f32")
+    pointer = ctypes.byref(call)
 
     def run(task: tuple[int, slice]) -> None:
-        h, rows = task
-        group = h * (HQ // HKV)
-        starts = dict.fromkeys(("q", "q_cmp", "gates", "out"), (rows.start, group, 0))
-        starts |= {"chosen": (rows.start, h, 0), "weight": (0,)}
-        pointers = {name: _address(x, starts.get(name, (0, h, 0))) for name, x in tensors.items()}
-        head = _Head(T=rows.stop - rows.start, offset=offset + rows.start, **shared, **pointers)
-        if attend(ctypes.byref(head)):
+        head, rows = task
+        if attend(pointer, head, rows.start, rows.stop - rows.start):
             raise MemoryError("no memory for attention's buffers")
 
-    tasks = [(h, rows) for h in range(HKV) for rows in _runs(T, offset)]
-    if T == 1:
+    tasks = [(head, rows) for head in range(HKV) for rows in _runs(T, offset)]
+    if T == 1:  # a decode step is over before threads have started
         for task in tasks:
             run(task)
     else:
@@ -125,15 +125,18 @@ def nsa_attention(
     return out, chosen
 
 
+@functools.cache
+def _importance(variant: Variant) -> Tensor:
+    """Eq. 9's weights, from the first offset that has one to the last."""
+    weights = variant.importance_weights
+    return torch.tensor([float(weights.get(i, 0)) for i in range(min(weights), max(weights) + 1)])
+
+
 def _rows(*tensors: Tensor) -> list[Tensor]:
     """Of one element type; any (S, HKV, D) view whose last dimension is contiguous will do."""
     if len({x.dtype for x in tensors}) > 1:
         tensors = tuple(x.float() for x in tensors)
     return [x if x.stride(2) == 1 else x.contiguous() for x in tensors]
-
-
-def _address(x: Tensor, index: tuple[int, ...]) -> int:
-    return x.data_ptr() + x.element_size() * sum(i * s for i, s in zip(index, x.stride(), strict=True))
 
 
 def _runs(T: int, offset: int) -> list[slice]:
@@ -160,10 +163,17 @@ def _library() -> ctypes.CDLL | None:
             file = folder / f"native-{key}.so"
             if not file.is_file() and not _compile(compiler, text, file):
                 return None
-            return ctypes.CDLL(str(file))
+            return _typed(ctypes.CDLL(str(file)))
         except OSError:
             continue
     return None
+
+
+def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
+    for name in ("nsa_attention_f32", "nsa_attention_bf16"):
+        if hasattr(library, name):
+            getattr(library, name).argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
+    return library
 
 
 def _cache_folder() -> Path:
