@@ -6,7 +6,7 @@ from torch import Tensor, nn
 import nsa_kernels
 from nsa_models.cache import Cache
 from nsa_models.config import NSAConfig
-from nsa_models.linear import Linear
+from nsa_models.linear import Linear, LinearGroup
 from nsa_models.rope import Rope, rotate
 
 
@@ -60,6 +60,11 @@ def _compression(config: NSAConfig, width: int, keys: bool, **factory) -> nn.Mod
     return module
 
 
+def _pairs(x: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """k, v, k, v, ... by branch."""
+    return list(zip(x[::2], x[1::2], strict=True))
+
+
 class Attention(nn.Module):
     """Projections and compression of one layer; `nsa_kernels` does the attention itself."""
 
@@ -72,6 +77,7 @@ class Attention(nn.Module):
         for branch in ("", "_cmp", "_swa") if config.branch_kv else ("",):
             setattr(self, f"k{branch}_proj", Linear(H, HKV * D, bias, **factory))
             setattr(self, f"v{branch}_proj", Linear(H, HKV * Dv, bias, **factory))
+        self.inputs = LinearGroup(*self.children())
         self.g_proj = Linear(H, 3 * HQ, config.gate_bias, **factory)
         self.o_proj = Linear(HQ * Dv, H, False, **factory)
         self.compress_k = _compression(config, D, True, **factory)
@@ -83,16 +89,15 @@ class Attention(nn.Module):
         Returns q (T, HQ, D), the compressed branch's queries (the same unless un-roped) and gates (T, HQ, 3).
         """
         config, T = self.config, h.shape[0]
-        heads = (T, config.num_kv_heads, -1)
-        plain = self.q_proj(h).view(T, config.num_heads, -1)
+        plain, *pairs = self.inputs(h)
+        plain = plain.reshape(T, config.num_heads, -1)
         q = rotate(plain, cos, sin)
-        entries = {"k": rotate(self.k_proj(h).view(heads), cos, sin), "v": self.v_proj(h).view(heads)}
+        (k, v), *own = _pairs([x.reshape(T, config.num_kv_heads, -1) for x in pairs])
+        entries = {"k": rotate(k, cos, sin), "v": v}
         if config.branch_kv:
-            source = self.k_cmp_proj(h).view(heads)
+            (source, v_src), (k_swa, v_swa) = own
             entries["k_src"] = rotate(source, cos, sin) if config.compress_rope == "before" else source
-            entries["v_src"] = self.v_cmp_proj(h).view(heads)
-            entries["k_swa"] = rotate(self.k_swa_proj(h).view(heads), cos, sin)
-            entries["v_swa"] = self.v_swa_proj(h).view(heads)
+            entries |= {"v_src": v_src, "k_swa": rotate(k_swa, cos, sin), "v_swa": v_swa}
         cache.write(self.layer, start, **entries)
         gates = torch.sigmoid(self.g_proj(h)).view(T, config.num_heads, 3)
         return q, plain if config.compress_rope == "none" else q, gates

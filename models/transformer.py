@@ -14,7 +14,7 @@ from nsa_kernels.rows import over_rows
 from nsa_models.attention import Attention
 from nsa_models.cache import Cache
 from nsa_models.config import NSAConfig
-from nsa_models.linear import FEW_ROWS, Linear, int8_linear
+from nsa_models.linear import Linear, LinearGroup, int8_linear, is_few
 from nsa_models.rope import Rope
 from nsa_models.selection import SelectionMass
 
@@ -40,9 +40,11 @@ class MLP(nn.Module):
         self.gate_proj = Linear(H, I, False, **factory)
         self.up_proj = Linear(H, I, False, **factory)
         self.down_proj = Linear(I, H, False, **factory)
+        self.inputs = LinearGroup(self.gate_proj, self.up_proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(functional.silu(self.gate_proj(x)).mul_(self.up_proj(x)))
+        gate, up = self.inputs(x)
+        return self.down_proj(functional.silu(gate).mul_(up))
 
 
 class Layer(nn.Module):
@@ -172,7 +174,7 @@ class NSAModel(nn.Module):
             table = self.model.embeddings
             if table.weight_scale is None:
                 y = functional.linear(x, table.weight)
-            elif x.shape[0] <= FEW_ROWS and x.device.type == "cpu" and x.dtype != torch.float64:
+            elif is_few(x):
                 y = int8_linear(x, table.weight, table.weight_scale)
             else:
                 y = functional.linear(x, (table.weight.float() * table.weight_scale[:, None]).to(x.dtype))
