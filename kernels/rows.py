@@ -1,5 +1,6 @@
 """Work split over threads by rows or by tasks, on a CPU."""
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -10,6 +11,34 @@ T = TypeVar("T")
 Item = TypeVar("Item")
 
 MIN_ROWS = 128  # below this, torch's own threads inside each operation do as well
+
+
+class FewerThreads:
+    """Runs repeated short work on all threads or on one, whichever was faster, looking again now and then.
+
+    A decode step is some 2,000 operations of microseconds, and threads meet after each: on an idle machine two of them
+    gain a fifth; where another program holds a core they wait for it each time (24 tokens/s became 1).
+    """
+
+    AGAIN = 32  # runs between two looks
+
+    def __init__(self) -> None:
+        self.all = torch.get_num_threads()
+        self.seconds = dict.fromkeys((self.all, 1), 0.0)
+        self.runs = 0
+
+    def run(self, function: Callable[[], T]) -> T:
+        """function(), timed; the thread count is restored afterwards."""
+        turn = self.runs % self.AGAIN
+        threads = list(self.seconds)[turn] if turn < len(self.seconds) else min(self.seconds, key=self.seconds.get)
+        self.runs += 1
+        torch.set_num_threads(threads)
+        start = time.perf_counter()
+        try:
+            return function()
+        finally:
+            self.seconds[threads] = time.perf_counter() - start
+            torch.set_num_threads(self.all)
 
 
 def over_rows(function: Callable[[slice], T], rows: int) -> list[T]:

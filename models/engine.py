@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from nsa_kernels.rows import FewerThreads
 from nsa_models.cache import Cache
 from nsa_models.errors import BudgetError
 from nsa_models.sampling import Sampler, Sampling
@@ -71,7 +72,7 @@ def decode(
     logits: (vocab,) of the last token, from `prefill`. history: earlier tokens for the repeat penalty. A token enters
     the cache when the next one is asked for.
     """
-    ends, sampler = frozenset(eos_ids), Sampler(sampling, history)
+    ends, sampler, threads = frozenset(eos_ids), Sampler(sampling, history), FewerThreads()
     for step in range(sampling.max_tokens):
         token = sampler.pick(logits)
         if token in ends:
@@ -79,4 +80,5 @@ def decode(
         yield token
         if step + 1 == sampling.max_tokens or cache.length >= cache.capacity:
             return
-        logits = model.logits(model.advance(torch.tensor([token]), cache, dense, selection))[0]
+        hidden = threads.run(lambda token=token: model.advance(torch.tensor([token]), cache, dense, selection))
+        logits = model.logits(hidden)[0]

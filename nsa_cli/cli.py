@@ -66,9 +66,6 @@ def cli(context: click.Context) -> None:
 
 def main() -> None:
     """The `nsa` program."""
-    # Threads that wait for others spin for a while; with another program on the same cores that costs twenty times the
-    # work: a decode step took 1 s at OpenMP's default, 60 ms so.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets '?', not an error
     code = run(sys.argv[1:])
