@@ -29,15 +29,17 @@ class FewerThreads:
 
     def run(self, function: Callable[[], T]) -> T:
         """function(), timed; the thread count is restored afterwards."""
-        turn = self.runs % self.AGAIN
-        threads = list(self.seconds)[turn] if turn < len(self.seconds) else min(self.seconds, key=self.seconds.get)
+        turn = self.runs % self.AGAIN - 1  # -1: the first run may set things up, it decides nothing
+        candidates = list(self.seconds)
+        threads = candidates[turn] if 0 <= turn < len(candidates) else min(candidates, key=self.seconds.__getitem__)
         self.runs += 1
         torch.set_num_threads(threads)
         start = time.perf_counter()
         try:
             return function()
         finally:
-            self.seconds[threads] = time.perf_counter() - start
+            if self.runs > 1:
+                self.seconds[threads] = time.perf_counter() - start
             torch.set_num_threads(self.all)
 
 
