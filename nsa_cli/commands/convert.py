@@ -31,9 +31,9 @@ import click
 @click.option(
     "--compress-rope",
     type=click.Choice(["before", "after", "none"]),
-    default="none",
+    default="before",
     show_default=True,
-    help="When compressed keys are rotated; un-rotated ones match at any distance without training.",
+    help="When compressed keys are rotated: before or after compression, or not at all.",
 )
 @click.option(
     "--select-block", type=click.IntRange(1), default=64, show_default=True, help="Tokens per selected block (l')."
