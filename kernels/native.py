@@ -1,7 +1,7 @@
 """The CPU's fast path in C: `native.c`, compiled for this machine on first use with its own C compiler, as Triton does.
 
-On two cores with AVX-512 bfloat16 it computes NSA at 8k tokens some ten times faster than `cpu`, which needs no
-compiler: scores and probabilities stay in the first-level cache instead of passing through memory between operations.
+It is faster than `cpu`, which needs no compiler: scores and probabilities stay in the first-level cache instead of
+passing through memory between operations.
 """
 
 import ctypes

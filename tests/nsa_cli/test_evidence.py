@@ -1,4 +1,4 @@
-"""Evidence: counts of chosen blocks -> places, ranked by lift, only of the document, only beyond chance."""
+"""Evidence: attention to chosen blocks -> places, best first, only of the document, only beyond what is expected."""
 
 import pytest
 
@@ -83,7 +83,7 @@ def test_blocks_around_the_document_are_no_evidence():
     assert (found.start, found.end) == (1, 2)  # only the document's part of block 3 and block 4
 
 
-def test_chance_is_no_evidence():
+def test_what_was_expected_is_no_evidence():
     assert smoothed_lift(selection_of(30, {})) == {}
     assert smoothed_lift(selection_of(30, {4: 16})) == {}  # within two standard deviations
     assert list(smoothed_lift(selection_of(30, {4: 17}))) == [4]
