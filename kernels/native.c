@@ -90,9 +90,13 @@ static inline uint16_t to_bf16(float x) /* round to nearest, ties to even */
 
 static inline float total(vf x)
 {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#else
     float sum = 0;
     for (int i = 0; i < VL; i++) sum += x[i];
     return sum;
+#endif
 }
 
 static inline float maximum(const float *x, int64_t n) /* n a multiple of VL */
@@ -217,6 +221,8 @@ static void choose(const nsa_call *h, int64_t t, const float *group, int64_t key
 #define NAME(x) x##_bf16
 #include "native.h"
 #endif
+
+#include "step.h"
 
 int nsa_has_bf16(void)
 {

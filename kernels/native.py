@@ -1,4 +1,4 @@
-"""The CPU's fast path in C: `native.c`, compiled for this machine on first use with its own C compiler, as Triton does.
+"""The CPU's fast path in C (`native.c`).
 
 It is faster than `cpu`, which needs no compiler: scores and probabilities stay in the first-level cache instead of
 passing through memory between operations.
@@ -6,19 +6,12 @@ passing through memory between operations.
 
 import ctypes
 import functools
-import hashlib
 import math
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from importlib import resources
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from nsa_kernels.library import library
 from nsa_kernels.rows import over_tasks
 from nsa_kernels.variant import Variant
 
@@ -31,7 +24,7 @@ _INTEGERS = (
 _POINTERS = ("q", "q_cmp", "k", "v", "k_cmp", "v_cmp", "k_swa", "v_swa", "gates", "weight", "out", "chosen")
 
 
-class _Call(ctypes.Structure):
+class Call(ctypes.Structure):
     """`nsa_call` of native.c, field for field."""
 
     _fields_ = [
@@ -39,6 +32,39 @@ class _Call(ctypes.Structure):
         ("scale", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in _POINTERS),
     ]
+
+    @classmethod
+    def of(cls, variant: Variant, G: int, D: int, scale: float, keys: dict[str, Tensor]) -> "Call":
+        """What does not change from call to call. keys: k, v, k_cmp, v_cmp, k_swa, v_swa, (S, HKV, D) each."""
+        weights = _importance(variant)
+        call = cls(
+            G=G,
+            D=D,
+            Dv=keys["v"].shape[2],
+            l=variant.compress_block,
+            d=variant.compress_stride,
+            block=variant.select_block,
+            n=variant.select_count,
+            initial=variant.initial_blocks,
+            local=variant.local_blocks,
+            window=variant.window,
+            chunk=variant.topk_chunk if variant.topk == "streamed" else 0,
+            weight_first=min(variant.importance_weights),
+            weights=weights.numel(),
+            weight=weights.data_ptr(),
+            kv_bf16=keys["k"].dtype == torch.bfloat16,
+            cmp_bf16=keys["k_cmp"].dtype == torch.bfloat16,
+            scale=math.log2(math.e) * scale,
+        )
+        for name, x in keys.items():
+            setattr(call, f"{name}_stride", x.stride(0))
+            setattr(call, f"{name}_head", x.stride(1))
+        return call
+
+    def at(self, variant: Variant, offset: int, T: int) -> None:
+        """Queries at offset .. offset+T-1."""
+        self.T, self.offset, self.S = T, offset, offset + T
+        self.NC = variant.compressed_count(offset + T)
 
 
 def supports(q: Tensor, *keys: Tensor) -> bool:
@@ -48,10 +74,10 @@ def supports(q: Tensor, *keys: Tensor) -> bool:
     types = (torch.float32, torch.bfloat16)
     if q.dtype not in types or any(k.dtype not in types for k in keys):
         return False
-    library = _library()
-    if library is None or q.dtype == torch.float32:
-        return library is not None
-    return q.shape[2] % 2 == 0 and bool(library.nsa_has_bf16())  # bfloat16 is multiplied in pairs
+    found = library()
+    if found is None or q.dtype == torch.float32:
+        return found is not None
+    return q.shape[2] % 2 == 0 and bool(found.nsa_has_bf16())  # bfloat16 is multiplied in pairs
 
 
 def nsa_attention(
@@ -70,45 +96,22 @@ def nsa_attention(
     v_swa: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All three branches; shapes and results as in `reference.nsa_attention`. Products in the dtype of q."""
-    T, HQ, _ = q.shape
+    T, HQ, D = q.shape
     HKV, Dv = v.shape[1:]
     q, q_cmp, gates = (x.to(q.dtype).contiguous() for x in (q, q if q_cmp is None else q_cmp, gates))
     k, v, k_swa, v_swa = _rows(k, v, k if k_swa is None else k_swa, v if v_swa is None else v_swa)
     k_cmp, v_cmp = _rows(k_cmp, v_cmp)
     out = q.new_empty(T, HQ, Dv)
     chosen = torch.empty(T, HKV, variant.select_count, dtype=torch.int32)
-    weights = _importance(variant)
-    call = _Call(
-        T=T,
-        offset=offset,
-        S=offset + T,
-        G=HQ // HKV,
-        D=q.shape[2],
-        Dv=Dv,
-        NC=variant.compressed_count(offset + T),
-        l=variant.compress_block,
-        d=variant.compress_stride,
-        block=variant.select_block,
-        n=variant.select_count,
-        initial=variant.initial_blocks,
-        local=variant.local_blocks,
-        window=variant.window,
-        chunk=variant.topk_chunk if variant.topk == "streamed" else 0,
-        weight_first=min(variant.importance_weights),
-        weights=weights.numel(),
-        kv_bf16=k.dtype == torch.bfloat16,
-        cmp_bf16=k_cmp.dtype == torch.bfloat16,
-        scale=math.log2(math.e) * (q.shape[2] ** -0.5 if scale is None else scale),
-    )
     keys = dict(k=k, v=v, k_cmp=k_cmp, v_cmp=v_cmp, k_swa=k_swa, v_swa=v_swa)
     rows = dict(q=q, q_cmp=q_cmp, gates=gates, out=out, chosen=chosen)
-    for name, x in {**keys, **rows, "weight": weights}.items():
-        setattr(call, name, x.data_ptr())
+    call = Call.of(variant, HQ // HKV, D, D**-0.5 if scale is None else scale, keys)
+    call.at(variant, offset, T)
     for name, x in {**keys, **rows}.items():
+        setattr(call, name, x.data_ptr())
+    for name, x in rows.items():
         setattr(call, f"{name}_stride", x.stride(0))
-    for name, x in keys.items():
-        setattr(call, f"{name}_head", x.stride(1))
-    attend = getattr(_library(), "nsa_attention_bf16" if q.dtype == torch.bfloat16 else "nsa_attention_f32")
+    attend = getattr(library(), "nsa_attention_bf16" if q.dtype == torch.bfloat16 else "nsa_attention_f32")
     pointer = ctypes.byref(call)
 
     def run(task: tuple[int, slice]) -> None:
@@ -143,62 +146,3 @@ def _runs(T: int, offset: int) -> list[slice]:
     """Queries per task. More share a block's keys, which are packed once per task, but their sums leave the cache."""
     size = 512 if offset + T <= 16384 else 1024
     return [slice(start, min(start + size, T)) for start in range(0, T, size)]
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The compiled code, or None without a C compiler."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None or platform.system() == "Windows":
-        return None
-    sources = [resources.files("nsa_kernels") / name for name in ("native.c", "native.h")]
-    text = [source.read_bytes() for source in sources]
-    machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_cpu_flags()} {compiler}"
-    key = hashlib.sha256(b"\0".join([*text, machine.encode()])).hexdigest()[:16]
-    for folder in (_cache_folder(), Path(tempfile.gettempdir()) / f"nsa-{os.getuid()}"):
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if not _only_ours(folder):
-                continue
-            file = folder / f"native-{key}.so"
-            if not file.is_file() and not _compile(compiler, text, file):
-                return None
-            return _typed(ctypes.CDLL(str(file)))
-        except OSError:
-            continue
-    return None
-
-
-def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
-    for name in ("nsa_attention_f32", "nsa_attention_bf16"):
-        if hasattr(library, name):
-            getattr(library, name).argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
-    return library
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "nsa" / "kernels"
-
-
-def _only_ours(folder: Path) -> bool:
-    """Code is loaded from here: nobody else may have put it there (a name under /tmp can be guessed)."""
-    found = folder.stat()
-    return found.st_uid == os.getuid() and not found.st_mode & 0o022
-
-
-def _cpu_flags() -> str:
-    """What a compiled file depends on where a home directory is shared between machines."""
-    return " ".join(sorted(name for name, value in torch.cpu.get_capabilities().items() if value is True))
-
-
-def _compile(compiler: str, text: list[bytes], target: Path) -> bool:
-    tuned = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        for name, content in zip(("native.c", "native.h"), text, strict=True):
-            (Path(scratch) / name).write_bytes(content)
-        built = Path(scratch) / "native.so"
-        command = [compiler, "-O3", tuned, "-shared", "-fPIC", "-o", str(built), str(Path(scratch) / "native.c"), "-lm"]
-        if subprocess.run(command, capture_output=True, check=False).returncode:
-            return False
-        os.replace(built, target)
-    return True

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 import nsa_kernels
 from nsa_models.cache import Cache
 from nsa_models.config import NSAConfig
-from nsa_models.linear import Linear, LinearGroup
+from nsa_models.linear import Linear
 from nsa_models.rope import Rope, rotate
 
 
@@ -77,7 +77,7 @@ class Attention(nn.Module):
         for branch in ("", "_cmp", "_swa") if config.branch_kv else ("",):
             setattr(self, f"k{branch}_proj", Linear(H, HKV * D, bias, **factory))
             setattr(self, f"v{branch}_proj", Linear(H, HKV * Dv, bias, **factory))
-        self.inputs = LinearGroup(*self.children())
+        self.inputs = tuple(self.children())  # a tuple registers nothing: names stay fla's
         self.g_proj = Linear(H, 3 * HQ, config.gate_bias, **factory)
         self.o_proj = Linear(HQ * Dv, H, False, **factory)
         self.compress_k = _compression(config, D, True, **factory)
@@ -89,7 +89,7 @@ class Attention(nn.Module):
         Returns q (T, HQ, D), the compressed branch's queries (the same unless un-roped) and gates (T, HQ, 3).
         """
         config, T = self.config, h.shape[0]
-        plain, *pairs = self.inputs(h)
+        plain, *pairs = (linear(h) for linear in self.inputs)
         plain = plain.reshape(T, config.num_heads, -1)
         q = rotate(plain, cos, sin)
         (k, v), *own = _pairs([x.reshape(T, config.num_kv_heads, -1) for x in pairs])

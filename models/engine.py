@@ -10,6 +10,7 @@ from nsa_models.cache import Cache
 from nsa_models.errors import BudgetError
 from nsa_models.sampling import Sampler, Sampling
 from nsa_models.selection import SelectionMass
+from nsa_models.step import Step
 from nsa_models.transformer import NSAModel
 
 Progress = Callable[[int, int], None]
@@ -73,6 +74,7 @@ def decode(
     the cache when the next one is asked for.
     """
     ends, sampler, threads = frozenset(eos_ids), Sampler(sampling, history), FewerThreads()
+    advance = Step(model, cache, dense)
     for step in range(sampling.max_tokens):
         token = sampler.pick(logits)
         if token in ends:
@@ -80,5 +82,4 @@ def decode(
         yield token
         if step + 1 == sampling.max_tokens or cache.length >= cache.capacity:
             return
-        hidden = threads.run(lambda token=token: model.advance(torch.tensor([token]), cache, dense, selection))
-        logits = model.logits(hidden)[0]
+        logits = threads.run(lambda token=token: advance(token, selection))

@@ -1,7 +1,5 @@
 """A linear map whose weight is kept as float, or as int8 with one scale per output channel."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -36,36 +34,9 @@ class Linear(nn.Module):
         return self._expanded
 
 
-class LinearGroup:
-    """Maps of one input. A few rows go through int8 weights laid end to end in one call: seven calls a layer became
-    four, each with its own start and end of two threads' work.
-    """
-
-    def __init__(self, *layers: Linear) -> None:
-        self.layers = layers
-        self._joined: tuple[Tensor, Tensor, Tensor | None] | None = None
-
-    def __call__(self, x: Tensor) -> Sequence[Tensor]:
-        """x: (T, in) -> (T, out) of every map."""
-        if not is_few(x) or any(layer.weight_scale is None for layer in self.layers):
-            return [layer(x) for layer in self.layers]
-        if self._joined is None:
-            self._joined = self._join()
-        return int8_linear(x, *self._joined).split([layer.weight.shape[0] for layer in self.layers], -1)
-
-    def _join(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        weight = torch.cat([layer.weight for layer in self.layers])
-        parts = weight.split([layer.weight.shape[0] for layer in self.layers])
-        for layer, part in zip(self.layers, parts, strict=True):  # views: the weights are not kept twice
-            layer.weight = nn.Parameter(part, requires_grad=False)
-        scale = torch.cat([layer.weight_scale for layer in self.layers]).bfloat16()
-        biases = [layer.bias for layer in self.layers if layer.bias is not None]
-        return weight, scale, torch.cat(biases) if biases else None
-
-
 def is_few(x: Tensor) -> bool:
-    """Whether int8 weights are used as they are."""
-    return x.shape[0] <= FEW_ROWS and x.device.type == "cpu" and x.dtype != torch.float64
+    """Whether int8 weights are used as they are. torch's kernel reads beyond rows that are no multiple of 16."""
+    return x.shape[0] <= FEW_ROWS and x.shape[1] % 16 == 0 and x.device.type == "cpu" and x.dtype != torch.float64
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from nsa_kernels.rows import over_rows
 from nsa_models.attention import Attention
 from nsa_models.cache import Cache
 from nsa_models.config import NSAConfig
-from nsa_models.linear import Linear, LinearGroup, int8_linear, is_few
+from nsa_models.linear import Linear, int8_linear, is_few
 from nsa_models.rope import Rope
 from nsa_models.selection import SelectionMass
 
@@ -40,11 +40,9 @@ class MLP(nn.Module):
         self.gate_proj = Linear(H, I, False, **factory)
         self.up_proj = Linear(H, I, False, **factory)
         self.down_proj = Linear(I, H, False, **factory)
-        self.inputs = LinearGroup(self.gate_proj, self.up_proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.inputs(x)
-        return self.down_proj(functional.silu(gate).mul_(up))
+        return self.down_proj(functional.silu(self.gate_proj(x)).mul_(self.up_proj(x)))
 
 
 class Layer(nn.Module):

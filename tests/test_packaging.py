@@ -54,7 +54,7 @@ def test_the_wheel_holds_every_module_and_data_file_and_nothing_else(wheel):
         for file in (ROOT / folder).rglob("*")
         if file.suffix in DATA | {".py"}
     }
-    assert {"nsa_kernels/native.c", "nsa_kernels/native.h", "nsa_recipes/__init__.py"} <= expected
+    assert {"nsa_kernels/native.c", "nsa_kernels/native.h", "nsa_kernels/step.h", "nsa_recipes/__init__.py"} <= expected
     assert {n for n in wheel.namelist() if ".dist-info/" not in n} == expected
 
 

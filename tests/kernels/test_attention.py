@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nsa_kernels import Variant, compress, cpu, dense_attention, native, nsa_attention, reference
+from nsa_kernels import Variant, compress, cpu, dense_attention, library, native, nsa_attention, reference
 
 PAPER = Variant(compress_block=8, compress_stride=4, select_block=16, select_count=5, window=24)
 VARIANTS = {
@@ -351,10 +351,10 @@ class TestDispatch:
 def no_library(monkeypatch, tmp_path):
     """The compiled code is looked for anew, in empty folders."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(native.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
-    native._library.cache_clear()
+    monkeypatch.setattr(library.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    library.library.cache_clear()
     yield tmp_path
-    native._library.cache_clear()
+    library.library.cache_clear()
 
 
 class TestFallback:
@@ -378,7 +378,7 @@ class TestFallback:
         assert not list((no_library / "cache").rglob("*.so"))
 
     def test_with_a_compiler_that_vanished(self, no_library, monkeypatch) -> None:
-        monkeypatch.setattr(native.shutil, "which", lambda name: "/nowhere/cc")
+        monkeypatch.setattr(library.shutil, "which", lambda name: "/nowhere/cc")
         assert not compiled()
         self.computes()
 
@@ -389,8 +389,8 @@ class TestFallback:
                 file.write(b"not a library")
             return subprocess.CompletedProcess(command, 0)
 
-        monkeypatch.setattr(native.shutil, "which", lambda name: "/usr/bin/cc")
-        monkeypatch.setattr(native.subprocess, "run", rubbish)
+        monkeypatch.setattr(library.shutil, "which", lambda name: "/usr/bin/cc")
+        monkeypatch.setattr(library.subprocess, "run", rubbish)
         assert not compiled()
         self.computes()
 
@@ -403,7 +403,7 @@ class TestFallback:
 
     @pytest.mark.skipif(not compiled(), reason="no C compiler")
     def test_code_that_others_may_write_is_not_loaded(self, no_library) -> None:
-        folder = native._cache_folder()
+        folder = library._cache_folder()
         folder.mkdir(parents=True)
         folder.chmod(0o777)
         assert compiled()

@@ -10,6 +10,9 @@ from nsa_models.config import RopeScaling
 from nsa_models.cost import cache_bytes
 from nsa_models.errors import BudgetError, ModelError
 from nsa_models.linear import Linear
+from nsa_models.quantize import quantize
+from nsa_models.selection import SelectionMass
+from nsa_models.step import Step
 from nsa_models.transformer import NSAModel, parameter_shapes
 
 CONFIG = NSAConfig(
@@ -280,3 +283,104 @@ def test_config_round_trip() -> None:
     import json
 
     assert NSAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def compiled_step(model: NSAModel, cache: Cache) -> Step:
+    step = Step(model, cache)
+    if step.compiled is None:
+        pytest.skip("no C compiler")
+    return step
+
+
+STEPPED = {name: config for name, config in CONFIGS.items() if not config.branch_kv}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("config", STEPPED.values(), ids=STEPPED)
+def test_a_compiled_step_equals_prefill_of_one_token(config: NSAConfig, threads: int) -> None:
+    torch.set_num_threads(threads)
+    model, ids = random_model(config), random_ids(171)
+    expected = model(ids)
+    cache = exact_cache(model, 171)
+    prefill(model, ids[:150], cache)
+    step = compiled_step(model, cache)
+    for t in range(150, 171):
+        torch.testing.assert_close(step(int(ids[t])), expected[t], atol=2e-5, rtol=1e-4)
+    assert cache.length == 171
+
+
+def test_a_model_with_own_keys_per_branch_is_stepped_by_its_layers() -> None:
+    model = random_model(CONFIGS["paper"])
+    cache = exact_cache(model, 100)
+    expected = model(random_ids(60))
+    prefill(model, random_ids(60)[:59], cache)
+    step = Step(model, cache)
+    assert step.compiled is None
+    torch.testing.assert_close(step(int(random_ids(60)[59])), expected[59], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("odd", [33, 64, 97])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_a_compiled_step_of_each_weight_type_at_any_width(kind: str, odd: int) -> None:
+    """Rows that are no whole number of vectors or of chunks, against the same weights in float64."""
+    config = replace(CONFIG, hidden_size=odd, intermediate_size=3 * odd + 1, qkv_bias=True)
+    model = random_model(config)
+    tensors = model.state_dict()
+    if kind == "int8":
+        tensors = {n: t for n, t in quantize(tensors).items() if not n.endswith("_scale")}
+        scales = {n: t for n, t in quantize(model.state_dict()).items() if n.endswith("_scale")}
+        for name, scale in scales.items():
+            owner = model.get_submodule(name.rpartition(".")[0])
+            owner.weight = torch.nn.Parameter(tensors[name.removesuffix("_scale")], requires_grad=False)
+            owner.weight_scale = scale
+    elif kind == "bfloat16":
+        for name, parameter in model.named_parameters():
+            if name.endswith("proj.weight"):
+                parameter.data = parameter.data.bfloat16()
+    truth = random_model(config, torch.float64)
+    for name, parameter in truth.named_parameters():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        value = getattr(owner, name.rpartition(".")[2]).double()
+        scale = getattr(owner, "weight_scale", None)
+        parameter.copy_(value if scale is None or name.endswith("bias") else value * scale[:, None].double())
+    ids = random_ids(41)
+    cache = exact_cache(model, 60)
+    filled = exact_cache(truth, 60)
+    prefill(truth, ids[:-1], filled)
+    for name, buffer in cache.buffers.items():
+        buffer.copy_(filled.buffers[name])
+    cache.length = filled.length
+    step = compiled_step(model, cache)
+    torch.testing.assert_close(step(int(ids[-1])).double(), prefill(truth, ids[-1:], filled), atol=1e-4, rtol=1e-4)
+
+
+def test_a_compiled_step_writes_nothing_but_its_token() -> None:
+    """Poison around the token's rows stays, and nothing behind the filled part is read."""
+    model, ids = random_model(CONFIG), random_ids(62)
+    expected = model(ids)[-1]
+    cache = exact_cache(model, 100)
+    for buffer in cache.buffers.values():
+        buffer.fill_(torch.nan)
+    prefill(model, ids[:-1], cache)
+    before = {name: buffer.clone() for name, buffer in cache.buffers.items()}
+    torch.testing.assert_close(compiled_step(model, cache)(int(ids[-1])), expected, atol=2e-5, rtol=1e-4)
+    for name, buffer in cache.buffers.items():
+        changed = ~((buffer == before[name]) | (buffer.isnan() & before[name].isnan()))
+        rows = changed.any(-1).any(0).nonzero().flatten().tolist()
+        assert rows == ([] if name.endswith("_cmp") else [61]), name
+
+
+def test_a_compiled_step_tells_where_it_looked() -> None:
+    model, ids = random_model(CONFIG), random_ids(190)
+    masses = []
+    for advance in (lambda model, cache: compiled_step(model, cache), lambda model, cache: model.advance):
+        cache = exact_cache(model, 200)
+        prefill(model, ids[:189], cache)
+        mass, run = SelectionMass(model.config, 200), advance(model, cache)
+        if isinstance(run, Step):
+            run(int(ids[189]), mass)
+        else:
+            run(ids[189:], cache, selection=mass)
+        masses.append(mass)
+    assert masses[0].mass.sum() > 0
+    torch.testing.assert_close(masses[0].mass, masses[1].mass, atol=1e-5, rtol=1e-4)

@@ -41,7 +41,7 @@ def test_rows_of_zeros_stay_zero() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    inside=st.sampled_from([32, 64, 96, 576]),
+    inside=st.sampled_from([16, 33, 64, 97, 100, 576]),
     outside=st.sampled_from([16, 48, 320]),
     bias=st.booleans(),
     seed=st.integers(0, 999),
