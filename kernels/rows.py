@@ -1,6 +1,5 @@
 """Work split over threads by rows or by tasks, on a CPU."""
 
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -11,36 +10,6 @@ T = TypeVar("T")
 Item = TypeVar("Item")
 
 MIN_ROWS = 128  # below this, torch's own threads inside each operation do as well
-
-
-class FewerThreads:
-    """Runs repeated short work on all threads or on one, whichever was faster, looking again now and then.
-
-    A decode step is some 2,000 operations of microseconds, and threads meet after each: on an idle machine two of them
-    gain a fifth; where another program holds a core they wait for it each time (24 tokens/s became 1).
-    """
-
-    AGAIN = 32  # runs between two looks
-
-    def __init__(self) -> None:
-        self.all = torch.get_num_threads()
-        self.seconds = dict.fromkeys((self.all, 1), 0.0)
-        self.runs = 0
-
-    def run(self, function: Callable[[], T]) -> T:
-        """function(), timed; the thread count is restored afterwards."""
-        turn = self.runs % self.AGAIN - 1  # -1: the first run may set things up, it decides nothing
-        candidates = list(self.seconds)
-        threads = candidates[turn] if 0 <= turn < len(candidates) else min(candidates, key=self.seconds.__getitem__)
-        self.runs += 1
-        torch.set_num_threads(threads)
-        start = time.perf_counter()
-        try:
-            return function()
-        finally:
-            if self.runs > 1:
-                self.seconds[threads] = time.perf_counter() - start
-            torch.set_num_threads(self.all)
 
 
 def over_rows(function: Callable[[slice], T], rows: int) -> list[T]:

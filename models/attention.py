@@ -83,15 +83,24 @@ class Attention(nn.Module):
         self.compress_k = _compression(config, D, True, **factory)
         self.compress_v = _compression(config, Dv, False, **factory)
 
-    def project(self, h: Tensor, cos: Tensor, sin: Tensor, cache: Cache, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of (T, H) normed inputs at tokens start .. start+T-1; keys and values go to the cache.
+    def empty_queries(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For `project` to fill: q (T, HQ, D), the compressed branch's queries (q itself unless un-roped), gates."""
+        T, HQ, D = x.shape[0], self.config.num_heads, self.config.head_dim
+        q = x.new_empty(T, HQ, D)
+        return q, torch.empty_like(q) if self.config.compress_rope == "none" else q, x.new_empty(T, HQ, 3)
 
-        Returns q (T, HQ, D), the compressed branch's queries (the same unless un-roped) and gates (T, HQ, 3).
+    def project(
+        self, h: Tensor, cos: Tensor, sin: Tensor, cache: Cache, start: int, q: Tensor, q_cmp: Tensor, gates: Tensor
+    ) -> None:
+        """Queries and gates of (T, H) normed inputs at tokens start .. start+T-1, into q, q_cmp and gates; keys and
+        values go to the cache.
         """
         config, T = self.config, h.shape[0]
         plain, *pairs = (linear(h) for linear in self.inputs)
-        plain = plain.reshape(T, config.num_heads, -1)
-        q = rotate(plain, cos, sin)
+        plain = plain.view_as(q)
+        if q_cmp.data_ptr() != q.data_ptr():
+            q_cmp.copy_(plain)
+        rotate(plain, cos, sin, out=q)
         (k, v), *own = _pairs([x.reshape(T, config.num_kv_heads, -1) for x in pairs])
         entries = {"k": rotate(k, cos, sin), "v": v}
         if config.branch_kv:
@@ -99,8 +108,7 @@ class Attention(nn.Module):
             entries["k_src"] = rotate(source, cos, sin) if config.compress_rope == "before" else source
             entries |= {"v_src": v_src, "k_swa": rotate(k_swa, cos, sin), "v_swa": v_swa}
         cache.write(self.layer, start, **entries)
-        gates = torch.sigmoid(self.g_proj(h)).view(T, config.num_heads, 3)
-        return q, plain if config.compress_rope == "none" else q, gates
+        torch.sigmoid(self.g_proj(h).view_as(gates), out=gates)
 
     def compress(self, rope: Rope, cache: Cache, stop: int, dtype: torch.dtype) -> None:
         """Fill the compressed blocks that tokens cache.length .. stop-1 complete, from the cached keys themselves:

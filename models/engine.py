@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from nsa_kernels.rows import FewerThreads
 from nsa_models.cache import Cache
 from nsa_models.errors import BudgetError
 from nsa_models.sampling import Sampler, Sampling
@@ -73,7 +72,7 @@ def decode(
     logits: (vocab,) of the last token, from `prefill`. history: earlier tokens for the repeat penalty. A token enters
     the cache when the next one is asked for.
     """
-    ends, sampler, threads = frozenset(eos_ids), Sampler(sampling, history), FewerThreads()
+    ends, sampler = frozenset(eos_ids), Sampler(sampling, history)
     advance = Step(model, cache, dense)
     for step in range(sampling.max_tokens):
         token = sampler.pick(logits)
@@ -82,4 +81,4 @@ def decode(
         yield token
         if step + 1 == sampling.max_tokens or cache.length >= cache.capacity:
             return
-        logits = threads.run(lambda token=token: advance(token, selection))
+        logits = advance(token, selection)

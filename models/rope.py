@@ -28,10 +28,10 @@ class Rope:
         return rotate(x, cos, -sin) / self.magnitude**2
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
     """x: (T, H, D), cos and sin: (T, 1, D/2); pairs are (i, i + D/2)."""
     a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1, out=out)
 
 
 def _frequencies(config: NSAConfig, factor: float) -> tuple[Tensor, float]:

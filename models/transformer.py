@@ -67,11 +67,13 @@ class Layer(nn.Module):
         """x: (T, H), updated."""
         attn, T = self.attn, x.shape[0]
         start, (cos, sin) = cache.length, angles
+        q, q_cmp, gates = attn.empty_queries(x)
 
-        def project(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-            return attn.project(self.attn_norm(x[rows]), cos[rows], sin[rows], cache, start + rows.start)
+        def project(rows: slice) -> None:
+            h = self.attn_norm(x[rows])
+            attn.project(h, cos[rows], sin[rows], cache, start + rows.start, q[rows], q_cmp[rows], gates[rows])
 
-        q, q_cmp, gates = (torch.cat(parts) for parts in zip(*over_rows(project, T), strict=True))
+        over_rows(project, T)
         attn.compress(rope, cache, start + T, x.dtype)
         if dense:
             k, v = (cache.read(attn.layer, name, 0, start + T) for name in ("k", "v"))

@@ -66,6 +66,9 @@ def cli(context: click.Context) -> None:
 
 def main() -> None:
     """The `nsa` program."""
+    # Before torch is loaded: a thread of OpenMP's otherwise spins for milliseconds after its work, on a core that
+    # another part of the model needs (11 % of a prefill; a decode step beside a busy program took twice as long).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets '?', not an error
     code = run(sys.argv[1:])
