@@ -28,8 +28,6 @@ typedef struct {
     const float *attn_norm, *mlp_norm;
     char *k, *v;
     const char *k_cmp, *v_cmp;
-    float *q;        /* out: rotated queries */
-    int32_t *chosen; /* out: selection blocks, n per key head */
 } nsa_layer;
 
 typedef struct {
@@ -49,6 +47,7 @@ typedef struct {
     const nsa_step *step;
     float *inputs, *o, *inner; /* q k v gates; attention's result; gate * up */
     char *q, *q_cmp, *gates, *out;
+    int32_t *chosen;
     int64_t scratch; /* floats a thread needs for itself */
     atomic_llong *claimed, *done;
     atomic_int failed;
@@ -170,7 +169,6 @@ static void attend_head(team *t, const nsa_layer *layer, int64_t head, float *h)
     if (s->plain_cmp) put(t->q_cmp, first * D, q, G * D, bf16);
     for (int64_t i = 0; i < G; i++) rotate(q + i * D, s->cos, s->sin, D / 2);
     rotate(k, s->cos, s->sin, D / 2);
-    memcpy(layer->q + first * D, q, G * D * sizeof(float));
     put(layer->k, head * call.k_head + call.offset * call.k_stride, k, D, call.kv_bf16);
     put(layer->v, head * call.v_head + call.offset * call.v_stride, v, Dv, call.kv_bf16);
     for (int64_t i = 0; i < 3 * G; i++) g[i] = 1 / (1 + expf(-g[i]));
@@ -184,7 +182,7 @@ static void attend_head(team *t, const nsa_layer *layer, int64_t head, float *h)
     call.v = call.v_swa = layer->v;
     call.k_cmp = layer->k_cmp;
     call.v_cmp = layer->v_cmp;
-    call.chosen = layer->chosen;
+    call.chosen = t->chosen;
     int failed = 0;
 #if defined(__AVX512BF16__)
     if (bf16) failed = nsa_attention_bf16(&call, head, 0, 1);
@@ -296,6 +294,7 @@ int nsa_decode_step(const nsa_step *s)
     t.q_cmp = take(&memory, m[Q].rows * sizeof(float));
     t.gates = take(&memory, m[GATES].rows * sizeof(float));
     t.out = take(&memory, m[O].columns * sizeof(float));
+    t.chosen = take(&memory, s->heads * s->call.n * sizeof(int32_t));
     t.claimed = take(&memory, phases * sizeof(atomic_llong));
     t.done = take(&memory, phases * sizeof(atomic_llong));
     if (!memory.failed) {

@@ -48,7 +48,7 @@ class _Map(ctypes.Structure):
 class _Layer(ctypes.Structure):
     _fields_ = [
         ("map", _Map * _MAPS),
-        *((name, ctypes.c_void_p) for name in ("attn_norm", "mlp_norm", "k", "v", "k_cmp", "v_cmp", "q", "chosen")),
+        *((name, ctypes.c_void_p) for name in ("attn_norm", "mlp_norm", "k", "v", "k_cmp", "v_cmp")),
     ]
 
 
@@ -78,9 +78,7 @@ def supports(layer: Layer) -> bool:
 
 
 class DecodeStep:
-    """Steps of one model over one cache. `q` (layers, HQ, D) and `chosen` (layers, HKV, n) tell what the last one's
-    queries were and which blocks they chose.
-    """
+    """Steps of one model over one cache."""
 
     def __init__(
         self,
@@ -99,9 +97,7 @@ class DecodeStep:
         _, HKV, D = first.k.shape
         HQ = first.maps[0].weight.shape[0] // D
         self.variant, self._held = variant, []
-        self.q = torch.empty(len(layers), HQ, D)
-        self.chosen = torch.empty(len(layers), HKV, variant.select_count, dtype=torch.int32)
-        self._layers = (_Layer * len(layers))(*(self._layer(i, layer) for i, layer in enumerate(layers)))
+        self._layers = (_Layer * len(layers))(*map(self._layer, layers))
         keys = dict(k=first.k, v=first.v, k_cmp=first.k_cmp, v_cmp=first.v_cmp, k_swa=first.k, v_swa=first.v)
         self._step = _Step(
             layers=len(layers),
@@ -131,15 +127,13 @@ class DecodeStep:
             raise MemoryError("no memory for a decode step's buffers")
         return logits
 
-    def _layer(self, index: int, layer: Layer) -> _Layer:
+    def _layer(self, layer: Layer) -> _Layer:
         keys = (layer.k, layer.v, layer.k_cmp, layer.v_cmp)
         self._held += keys
         return _Layer(
             (_Map * _MAPS)(*map(self._map, layer.maps)),
             *map(self._floats, (layer.attn_norm, layer.mlp_norm)),
             *(x.data_ptr() for x in keys),
-            self.q[index].data_ptr(),
-            self.chosen[index].data_ptr(),
         )
 
     def _map(self, m: Map) -> _Map:

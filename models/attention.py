@@ -131,17 +131,14 @@ class Attention(nn.Module):
         v_cmp = nsa_kernels.compress(values, v, self.compress_v.phi())
         cache.write(self.layer, first, k_cmp=k_cmp, v_cmp=v_cmp)
 
-    def attend(self, q: Tensor, q_cmp: Tensor, gates: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
-        """T queries after cache.length tokens, whose keys are in the cache already.
-
-        Returns o (T, HQ, Dv) and block_indices (T, HKV, n).
-        """
+    def attend(self, q: Tensor, q_cmp: Tensor, gates: Tensor, cache: Cache) -> Tensor:
+        """T queries after cache.length tokens, whose keys are in the cache already: o (T, HQ, Dv)."""
         stop = cache.length + q.shape[0]
         blocks = self.config.variant.compressed_count(stop)
         own = {}
         if self.config.branch_kv:
             own = {name: cache.read(self.layer, name, 0, stop) for name in ("k_swa", "v_swa")}
-        return nsa_kernels.nsa_attention(
+        o, _ = nsa_kernels.nsa_attention(
             q,
             cache.read(self.layer, "k", 0, stop),
             cache.read(self.layer, "v", 0, stop),
@@ -153,3 +150,4 @@ class Attention(nn.Module):
             q_cmp=q_cmp,
             **own,
         )
+        return o

@@ -31,9 +31,9 @@ def check(directory: Path) -> Iterator[str]:
     if tokenizer.decode(ids) != PROBE:
         raise ModelError(f"{directory}: the tokenizer does not give back the text it encodes")
     yield f"tokenizer: {tokenizer.vocab_size:,} tokens, lossless, control tokens in text stay text"
-    before, after = tokenizer.prompt("What is this?")
+    prompt = tokenizer.prompt("What is this?")
     yield "chat template renders" if tokenizer.has_chat_template else "no chat template: a plain layout is used"
-    ids = torch.tensor(before + ids * 3 + after)[-model.config.max_position_embeddings :]
+    ids = torch.tensor(prompt.before + ids * 3 + prompt.after)[-model.config.max_position_embeddings :]
     whole = model(ids)[-1]
     pieces = prefill(model, ids, Cache(model.config, len(ids), model.device, model.dtype), chunk=17)
     error = ((whole - pieces).norm() / whole.norm()).item()

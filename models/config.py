@@ -80,6 +80,8 @@ class NSAConfig:
     topk: str = "exact"
     topk_chunk: int = 0
 
+    retrieval_heads: tuple[tuple[int, int], ...] = ()  # (layer, query head) that evidence comes from; none = all
+
     variant: Variant = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -95,6 +97,7 @@ class NSAConfig:
         if not isinstance(ends, (list, tuple)) or not all(_is(int, i) and i >= 0 for i in ends):
             raise ModelError(f"config: eos_token_ids must be a list of token ids, got {ends!r}")
         set_(self, "eos_token_ids", tuple(ends))
+        set_(self, "retrieval_heads", self._heads(self.retrieval_heads))
         _check_types(self)
         for name in POSITIVE:
             if getattr(self, name) <= 0:
@@ -115,6 +118,17 @@ class NSAConfig:
             set_(self, "variant", Variant(**{f.name: getattr(self, f.name) for f in fields(Variant)}))
         except ValueError as error:
             raise ModelError(f"config: {error}") from None
+
+    def _heads(self, heads: object) -> tuple[tuple[int, int], ...]:
+        """retrieval_heads as pairs that exist."""
+        limits = (self.num_hidden_layers, self.num_heads)
+        pairs = heads if isinstance(heads, (list, tuple)) else [heads]
+        for pair in pairs:
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(map(_below, pair, limits)):
+                raise ModelError(
+                    f"config: retrieval_heads must be a list of [layer, query head], below {list(limits)}: {pair!r}"
+                )
+        return tuple(map(tuple, pairs))
 
     def rope_factor(self, tokens: int) -> float:
         """The factor for a context of up to `tokens` tokens, fixed for the whole of it (rotated keys are cached)."""
@@ -160,7 +174,7 @@ def _check_types(values: NSAConfig | RopeScaling, where: str = "") -> None:
     for f in fields(values):
         value = getattr(values, f.name, None)
         kinds = getattr(f.type, "__args__", (f.type,))  # of a union
-        if f.name in ("variant", "eos_token_ids") or (value is None and type(None) in kinds):
+        if f.name in ("variant", "eos_token_ids", "retrieval_heads") or (value is None and type(None) in kinds):
             continue
         if not _is(kinds[0], value):
             raise ModelError(f"config: {where}{f.name} must be {_KINDS[kinds[0]]}, got {value!r}")
@@ -172,6 +186,10 @@ def _is(kind: type, value: object) -> bool:
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 62
     return isinstance(value, kind)
+
+
+def _below(value: object, limit: object) -> bool:
+    return _is(int, value) and _is(int, limit) and 0 <= value < limit
 
 
 def _required(f) -> bool:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from nsa_models.cache import Cache
 from nsa_models.errors import BudgetError
+from nsa_models.retrieval import RetrievalMass
 from nsa_models.sampling import Sampler, Sampling
-from nsa_models.selection import SelectionMass
 from nsa_models.step import Step
 from nsa_models.transformer import NSAModel
 
@@ -22,12 +22,12 @@ def prefill(
     *,
     progress: Progress | None = None,
     chunk: int | None = None,
-    selection: SelectionMass | None = None,
+    retrieval: RetrievalMass | None = None,
     dense: bool = False,
 ) -> Tensor:
     """Append `ids` to the cache, chunk by chunk, and return the logits (vocab,) that follow the last of them.
 
-    progress is called with (tokens done, tokens in all) after every chunk. selection collects where these
+    progress is called with (tokens done, tokens in all) after every chunk. retrieval collects where these
     tokens look in the context. A `KeyboardInterrupt` leaves the cache valid up to the last whole chunk.
     """
     ids = torch.as_tensor(ids, dtype=torch.long)
@@ -43,7 +43,7 @@ def prefill(
     size = chunk or chunk_size(cache.length + total)
     for start in range(0, total, size):
         piece = ids[start : start + size]
-        hidden = model.advance(piece, cache, dense, selection)
+        hidden = model.advance(piece, cache, dense, retrieval)
         if progress:
             progress(start + piece.shape[0], total)
     return model.logits(hidden[-1:])[0]
@@ -64,7 +64,6 @@ def decode(
     *,
     eos_ids: Iterable[int] = (),
     history: Iterable[int] = (),
-    selection: SelectionMass | None = None,
     dense: bool = False,
 ) -> Iterator[int]:
     """Yield the tokens that follow, up to an end-of-sequence id (not yielded), `max_tokens` or a full cache.
@@ -81,4 +80,4 @@ def decode(
         yield token
         if step + 1 == sampling.max_tokens or cache.length >= cache.capacity:
             return
-        logits = advance(token, selection)
+        logits = advance(token)

@@ -7,7 +7,6 @@ from nsa_kernels.step import DecodeStep, Layer, Map, supports
 from nsa_models.cache import Cache
 from nsa_models.linear import Linear
 from nsa_models.rope import Rope
-from nsa_models.selection import SelectionMass
 from nsa_models.transformer import NSAModel
 
 
@@ -22,19 +21,15 @@ class Step:
         self.compiled = None if dense else _compiled(model, cache)
 
     @torch.no_grad()
-    def __call__(self, token: int, selection: SelectionMass | None = None) -> Tensor:
+    def __call__(self, token: int) -> Tensor:
         """Append `token` to the cache. Returns (vocab,) in float32 or better."""
         model, cache, count = self.model, self.cache, self.model.config.variant.compressed_count
         ids = torch.tensor([token])
         if self.compiled is None or count(cache.length) != count(cache.length + 1):
-            return model.logits(model.advance(ids, cache, self.dense, selection))[0]
+            return model.logits(model.advance(ids, cache, self.dense))[0]
         cos, sin = self.rope.angles(torch.tensor([cache.length]), model.dtype)
         x = model.model.embeddings(ids, torch.float32)
         logits = self.compiled.run(x[0], cos.flatten(), sin.flatten(), cache.length)
-        if selection is not None:
-            for i, (q, chosen) in enumerate(zip(self.compiled.q, self.compiled.chosen, strict=True)):
-                keys = cache.read(i, "k", 0, cache.length + 1)
-                selection.add(q[None].to(model.dtype), keys, chosen[None], cache.length)
         cache.length += 1
         return logits
 

@@ -6,6 +6,7 @@ Only the template may produce control tokens: what a document or a question hold
 
 import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
 from nsa_models.errors import ModelError
 from nsa_models.formats import read_config, read_json
@@ -32,6 +33,18 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
     if tokenizer.adds_bos and tokenizer.bos_id is None:
         tokenizer.bos_id = config.bos_token_id
     return tokenizer
+
+
+class Prompt(NamedTuple):
+    """Ids around a document: what comes before it, the question behind it, and what lets the model answer."""
+
+    before: list[int]
+    question: list[int]
+    close: list[int]
+
+    @property
+    def after(self) -> list[int]:
+        return self.question + self.close
 
 
 class Tokenizer:
@@ -80,8 +93,8 @@ class Tokenizer:
         """Decodes token by token; every piece is whole characters."""
         return Stream(self)
 
-    def prompt(self, question: str, system: str | None = None) -> tuple[list[int], list[int]]:
-        """Ids to put before and after the document's, so that the model answers `question` about it.
+    def prompt(self, question: str, system: str | None = None) -> "Prompt":
+        """What to put around the document, so that the model answers `question` about it.
 
         With the checkpoint's chat template: one user turn, the document and then the question; `system` None means
         the template's own. Without one: the document, `Question: ... Answer:`.
@@ -89,7 +102,7 @@ class Tokenizer:
         if not self._template:
             start = [self.bos_id] if self.adds_bos and self.bos_id is not None else []
             head = self.encode(system + "\n\n") if system else []
-            return start + head, self.encode(f"\n\nQuestion: {question}\nAnswer:")
+            return Prompt(start + head, self.encode(f"\n\nQuestion: {question}"), self.encode("\nAnswer:"))
         messages = [{"role": "system", "content": SYSTEM}] if system else []
         messages.append({"role": "user", "content": DOCUMENT + QUESTION})
         before, _, after = self._render(messages).partition(DOCUMENT)
@@ -99,7 +112,7 @@ class Tokenizer:
         if found:
             ids_before += self.encode(system or "") + self._encode_control(tail)
         _, _, close = after.partition(QUESTION)
-        return ids_before, self.encode("\n\n" + question) + self._encode_control(close)
+        return Prompt(ids_before, self.encode("\n\n" + question), self._encode_control(close))
 
     def _render(self, messages: list[dict]) -> str:
         from jinja2 import TemplateError

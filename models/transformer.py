@@ -15,8 +15,8 @@ from nsa_models.attention import Attention
 from nsa_models.cache import Cache
 from nsa_models.config import NSAConfig
 from nsa_models.linear import Linear, int8_linear, is_few
+from nsa_models.retrieval import RetrievalMass
 from nsa_models.rope import Rope
-from nsa_models.selection import SelectionMass
 
 
 class RMSNorm(nn.Module):
@@ -62,7 +62,7 @@ class Layer(nn.Module):
         angles: tuple[Tensor, Tensor],
         cache: Cache,
         dense: bool,
-        selection: SelectionMass | None,
+        retrieval: RetrievalMass | None,
     ) -> None:
         """x: (T, H), updated."""
         attn, T = self.attn, x.shape[0]
@@ -75,13 +75,10 @@ class Layer(nn.Module):
 
         over_rows(project, T)
         attn.compress(rope, cache, start + T, x.dtype)
-        if dense:
-            k, v = (cache.read(attn.layer, name, 0, start + T) for name in ("k", "v"))
-            o = nsa_kernels.dense_attention(q, k, v, offset=start)
-        else:
-            o, blocks = attn.attend(q, q_cmp, gates, cache)
-            if selection is not None:
-                selection.add(q, cache.read(attn.layer, "k", 0, start + T), blocks, start)
+        k, v = (cache.read(attn.layer, name, 0, start + T) for name in ("k", "v"))
+        o = nsa_kernels.dense_attention(q, k, v, offset=start) if dense else attn.attend(q, q_cmp, gates, cache)
+        if retrieval is not None:
+            retrieval.add(attn.layer, q, k, rope)
 
         def finish(rows: slice) -> None:
             x[rows] += attn.o_proj(o[rows].flatten(1))
@@ -147,8 +144,8 @@ class NSAModel(nn.Module):
         return self.logits(self.advance(input_ids, cache))
 
     @torch.no_grad()
-    def advance(self, ids: Tensor, cache: Cache, dense: bool = False, selection: SelectionMass | None = None) -> Tensor:
-        """Append T tokens to the cache. dense: full attention over the same weights, for comparison. selection:
+    def advance(self, ids: Tensor, cache: Cache, dense: bool = False, retrieval: RetrievalMass | None = None) -> Tensor:
+        """Append T tokens to the cache. dense: full attention over the same weights, for comparison. retrieval:
         collects where the tokens look.
 
         ids: (T,). Returns the last hidden states (T, H), normed.
@@ -161,7 +158,7 @@ class NSAModel(nn.Module):
         angles = rope.angles(positions, self.dtype)
         x = self.model.embeddings(ids.to(self.device), self.dtype)
         for layer in self.model.layers:
-            layer(x, rope, angles, cache, dense, selection)
+            layer(x, rope, angles, cache, dense, retrieval)
         cache.length += T
         return self.model.norm(x)
 

@@ -17,9 +17,9 @@ from nsa_models.sampling import Sampling
 if TYPE_CHECKING:
     from nsa_cli.context import Context
     from nsa_models import Cache
+    from nsa_models.tokenizer import Prompt
 
 SCHEMA_VERSION = 1
-NEUTRAL = "What is this, and where is it?"
 STORED_BLOCK = 64  # stored contexts hold whole blocks of this many tokens
 
 
@@ -87,8 +87,8 @@ def answer(
     model computes the same either way. Ctrl-C while generating keeps what was said; while reading, what was read.
     Raises BudgetError if prompt and answer do not fit the model, --max-context or memory.
     """
-    before, after = checkpoint.tokenizer.prompt(question, request.system)
-    prompt = before + context.ids + after
+    around = checkpoint.tokenizer.prompt(question, request.system)
+    prompt = around.before + context.ids + around.after
     capacity = len(prompt) + request.sampling.max_tokens
     check_fit(checkpoint, context, question, request, capacity)
 
@@ -96,16 +96,15 @@ def answer(
     assert checkpoint.model is not None  # loaded here, for the clock
     loaded = time.perf_counter()
 
-    shared = (len(prompt) - len(after)) // STORED_BLOCK * STORED_BLOCK
+    shared = (len(prompt) - len(around.after)) // STORED_BLOCK * STORED_BLOCK
     cache, stored = read(checkpoint, prompt, shared, capacity, request.use_store)
-    logits, asked, neutral = read_question(checkpoint, prompt[cache.length :], len(after), cache, request)
+    logits, retrieval = read_question(checkpoint, prompt[cache.length :], around, cache)
     prefilled = time.perf_counter()
 
-    text, tokens, finish_reason = generate(checkpoint, cache, logits, request, asked, tell)
-    asked.calibrate(neutral)
+    text, tokens, finish_reason = generate(checkpoint, cache, logits, request, tell)
     return Answer(
         text,
-        find_evidence(asked, context, len(before), request.evidence),
+        find_evidence(retrieval, context, len(around.before), request.evidence),
         Usage(len(prompt), stored, tokens),
         Timings(loaded - start, prefilled - loaded, time.perf_counter() - prefilled),
         checkpoint.name,
@@ -120,8 +119,8 @@ def silent(text: str) -> None:
 def document_room(checkpoint: Checkpoint, question: str, request: Request) -> int:
     """Document tokens that fit beside the question and the answer."""
     limit = min(checkpoint.config.max_position_embeddings, request.max_context or 1 << 62)
-    before, after = checkpoint.tokenizer.prompt(question, request.system)
-    around = len(before) + len(after) + request.sampling.max_tokens
+    prompt = checkpoint.tokenizer.prompt(question, request.system)
+    around = sum(map(len, prompt)) + request.sampling.max_tokens
     if around >= limit:
         raise BudgetError(
             f"the question and up to {request.sampling.max_tokens:,} answer tokens take {around:,} tokens; "
@@ -175,25 +174,22 @@ def read(
     return cache, stored
 
 
-def read_question(checkpoint: Checkpoint, rest: Sequence[int], question: int, cache: "Cache", request: Request):
-    """Read `rest`, of which the last `question` tokens ask. Returns the logits that follow, where the question looked
-    and where `NEUTRAL` looks in the same context: some blocks draw any question (arXiv 2410.02642 calibrates so).
+def read_question(checkpoint: Checkpoint, rest: Sequence[int], around: "Prompt", cache: "Cache"):
+    """Read `rest`, which ends in the question and what follows it. Returns the logits that follow, and where the
+    question's own words lead.
     """
     from nsa_models import prefill
-    from nsa_models.selection import SelectionMass
+    from nsa_models.retrieval import RetrievalMass
 
-    model = checkpoint.model
-    if len(rest) > question:
-        prefill(model, rest[:-question], cache)
-    asked, neutral = (SelectionMass(model.config, cache.capacity) for _ in range(2))
-    document, (_, after) = cache.length, checkpoint.tokenizer.prompt(NEUTRAL, request.system)
-    if request.evidence and document + len(after) <= min(cache.capacity, model.config.max_position_embeddings):
-        prefill(model, after, cache, selection=neutral)
-        cache.truncate(document)
-    return prefill(model, rest[-question:], cache, selection=asked), asked, neutral
+    model, document = checkpoint.model, len(rest) - len(around.after)
+    if document:
+        prefill(model, rest[:document], cache)
+    retrieval = RetrievalMass(checkpoint.config, cache.length)
+    prefill(model, around.question, cache, retrieval=retrieval)
+    return prefill(model, around.close, cache), retrieval
 
 
-def generate(checkpoint, cache, logits, request: Request, selection, tell: Callable) -> tuple[str, int, str]:
+def generate(checkpoint, cache, logits, request: Request, tell: Callable) -> tuple[str, int, str]:
     """Decode to text, piece by piece. Returns the text, the tokens it took and the finish reason."""
     from nsa_models import decode
 
@@ -209,9 +205,7 @@ def generate(checkpoint, cache, logits, request: Request, selection, tell: Calla
             tell(text)
 
     try:
-        for token in decode(
-            checkpoint.model, cache, logits, request.sampling, eos_ids=tokenizer.eos_ids, selection=selection
-        ):
+        for token in decode(checkpoint.model, cache, logits, request.sampling, eos_ids=tokenizer.eos_ids):
             tokens += 1
             out(stops.push(stream.push(token)))
             if stops.found:

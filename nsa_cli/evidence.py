@@ -1,4 +1,4 @@
-"""Where the model looked: the blocks that drew more attention than any question would, as path and lines."""
+"""Where a question leads: the blocks that drew its words' attention, as path and lines."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nsa_cli.context import Context
-    from nsa_models.selection import SelectionMass
+    from nsa_models.retrieval import RetrievalMass
 
-SIGNIFICANT = 2.0  # square roots of what was expected, above it; less is noise
+SIGNIFICANT = 2.0  # times an even share; less is chance
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Lines start..end (from 1, inclusive) of a file; lift: their attention over what any question gives them."""
+    """Lines start..end (from 1, inclusive) of a file; lift: their attention over an even share."""
 
     path: str
     start: int
@@ -27,34 +27,22 @@ class Evidence:
         return asdict(self) | {"lift": round(self.lift, 2)}
 
 
-def find_evidence(selection: "SelectionMass", context: "Context", offset: int, limit: int) -> list[Evidence]:
-    """The `limit` blocks that drew most beyond what was expected, by its noise; neighbours in a file become one.
+def find_evidence(retrieval: "RetrievalMass", context: "Context", offset: int, limit: int) -> list[Evidence]:
+    """The `limit` blocks that drew most attention, if more than chance gives; neighbours in a file become one.
 
     offset: tokens of the prompt before the context's first. Attended, not proven: lift says where, not why.
     """
-    size = selection.config.select_block
-    lift = smoothed_lift(selection)
-    strength = ((selection.mass - selection.expected) / (selection.expected + 0.5).sqrt()).tolist()
+    size, mass, expected = retrieval.config.select_block, retrieval.mass, retrieval.expected
+    significant = (mass > SIGNIFICANT * expected).nonzero().flatten().tolist()
     places = []
-    for block in sorted(lift, key=strength.__getitem__, reverse=True):
+    for block in sorted(significant, key=mass.tolist().__getitem__, reverse=True):
         start = max(block * size - offset, 0)
         stop = min((block + 1) * size - offset, len(context.ids))
         found = context.locate(start, stop) if start < stop else []
-        places += [(block, Evidence(p.path, p.first_line, p.last_line, lift[block])) for p in found]
+        places += [(block, Evidence(p.path, p.first_line, p.last_line, float(mass[block]) / expected)) for p in found]
         if len(places) >= limit:
             break
     return merge(places[:limit])
-
-
-def smoothed_lift(selection: "SelectionMass") -> dict[int, float]:
-    """Block -> lift of every block that drew significantly more than expected.
-
-    One query's whole attention is added to both sides, which draws blocks that were hardly open to choice towards 1.
-    """
-    mass, expected = selection.mass, selection.expected
-    significant = mass > expected + SIGNIFICANT * expected.sqrt()
-    lift = (mass + 1) / (expected + 1)
-    return {block: float(lift[block]) for block in significant.nonzero().flatten().tolist()}
 
 
 def merge(places: Sequence[tuple[int, Evidence]]) -> list[Evidence]:

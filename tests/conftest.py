@@ -66,6 +66,7 @@ def tiny_checkpoint(tmp_path_factory, tiny_tokenizer: bytes) -> Path:
         max_position_embeddings=32768,
         select_count=4,
         window=64,
+        retrieval_heads=((1, 0),),
         eos_token_ids=(tokenizer.token_to_id("<|im_end|>"),),
     )
     model = NSAModel(config)
@@ -74,6 +75,8 @@ def tiny_checkpoint(tmp_path_factory, tiny_tokenizer: bytes) -> Path:
         parameter.normal_(0, 0.3, generator=generator)
         if "norm" in name:
             parameter.add_(1)
+        if "q_proj" in name:
+            parameter.mul_(20)  # attention that prefers some keys to others, as a trained model's does
     wordless = [i for i in range(config.vocab_size) if not tokenizer.id_to_token(i).strip("Ġ").isascii()]
     control = [i for i in range(config.vocab_size) if not tokenizer.id_to_token(i).strip("Ġ").isalpha()]
     model.lm_head.weight[wordless + control] = 0

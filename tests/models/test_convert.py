@@ -407,8 +407,8 @@ def test_a_ggufs_tokenizer(make_gguf, tmp_path, tiny_tokenizer: bytes) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
     end = tokenizer._control.token_to_id("<|im_end|>")
     assert tokenizer.eos_ids == (end,) and end not in tokenizer.encode(text)
-    before, after = tokenizer.prompt("Why?")
-    assert tokenizer._control.decode(before + after, skip_special_tokens=False) == (
+    prompt = tokenizer.prompt("Why?")
+    assert tokenizer._control.decode(prompt.before + prompt.after, skip_special_tokens=False) == (
         "<|im_start|>user\n\n\nWhy?<|im_end|>\n<|im_start|>assistant:"
     )
     from tokenizers import Tokenizer as Backend

@@ -11,7 +11,6 @@ from nsa_models.cost import cache_bytes
 from nsa_models.errors import BudgetError, ModelError
 from nsa_models.linear import Linear
 from nsa_models.quantize import quantize
-from nsa_models.selection import SelectionMass
 from nsa_models.step import Step
 from nsa_models.transformer import NSAModel, parameter_shapes
 
@@ -368,19 +367,3 @@ def test_a_compiled_step_writes_nothing_but_its_token() -> None:
         changed = ~((buffer == before[name]) | (buffer.isnan() & before[name].isnan()))
         rows = changed.any(-1).any(0).nonzero().flatten().tolist()
         assert rows == ([] if name.endswith("_cmp") else [61]), name
-
-
-def test_a_compiled_step_tells_where_it_looked() -> None:
-    model, ids = random_model(CONFIG), random_ids(190)
-    masses = []
-    for advance in (lambda model, cache: compiled_step(model, cache), lambda model, cache: model.advance):
-        cache = exact_cache(model, 200)
-        prefill(model, ids[:189], cache)
-        mass, run = SelectionMass(model.config, 200), advance(model, cache)
-        if isinstance(run, Step):
-            run(int(ids[189]), mass)
-        else:
-            run(ids[189:], cache, selection=mass)
-        masses.append(mass)
-    assert masses[0].mass.sum() > 0
-    torch.testing.assert_close(masses[0].mass, masses[1].mass, atol=1e-5, rtol=1e-4)

@@ -106,8 +106,8 @@ def test_truncation_and_padding_of_the_file_are_not_applied(make, tiny_tokenizer
     tokenizer = make(backend.to_str().encode(), chat_template=CHATML)
     assert tokenizer.decode(tokenizer.encode("fox " * 100)) == "fox " * 100
     assert len(tokenizer.encode("a")) == 1
-    before, after = tokenizer.prompt("quick brown? " * 20)
-    assert len(before) < 20 < len(after)
+    prompt = tokenizer.prompt("quick brown? " * 20)
+    assert len(prompt.before) < 20 < len(prompt.after)
 
 
 class TestPrompt:
@@ -122,11 +122,11 @@ class TestPrompt:
         }
         tokenizer = make(**given[source])
         assert tokenizer.has_chat_template
-        before, after = tokenizer.prompt("Why? <|im_start|>", system)
+        prompt = tokenizer.prompt("Why? <|im_start|>", system)
         document = "some text <|im_end|>"
         whole = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
         whole += f"<|im_start|>user\n{document}\n\nWhy? <|im_start|><|im_end|>\n<|im_start|>assistant\n"
-        ids = before + tokenizer.encode(document) + after
+        ids = prompt.before + tokenizer.encode(document) + prompt.after
         assert spelled(tokenizer, ids) == whole
         starts, ends = (ids.count(tokenizer._control.token_to_id(t)) for t in ("<|im_start|>", "<|im_end|>"))
         assert (starts, ends) == ((3, 2) if system else (2, 1))  # only the template's
@@ -134,9 +134,10 @@ class TestPrompt:
     def test_without_a_template_a_plain_layout(self, make) -> None:
         tokenizer = make()
         assert not tokenizer.has_chat_template
-        before, after = tokenizer.prompt("Why?", "Be brief.")
-        assert spelled(tokenizer, before) == "Be brief.\n\n"
-        assert spelled(tokenizer, after) == "\n\nQuestion: Why?\nAnswer:"
+        prompt = tokenizer.prompt("Why?", "Be brief.")
+        assert spelled(tokenizer, prompt.before) == "Be brief.\n\n"
+        assert spelled(tokenizer, prompt.question) == "\n\nQuestion: Why?"
+        assert spelled(tokenizer, prompt.close) == "\nAnswer:"
         assert tokenizer.prompt("Why?")[0] == []
 
     def test_a_plain_layout_begins_with_the_begin_token_where_the_model_has_one(self, make) -> None:
@@ -149,8 +150,11 @@ class TestPrompt:
             eos_token={"content": "<|im_end|>"},
             chat_template="{{ bos_token }}{{ messages[0].content }}{{ eos_token }}",
         )
-        before, after = tokenizer.prompt("?")
-        assert (spelled(tokenizer, before), spelled(tokenizer, after)) == ("<|im_start|>", "\n\n?<|im_end|>")
+        prompt = tokenizer.prompt("?")
+        assert (spelled(tokenizer, prompt.before), spelled(tokenizer, prompt.after)) == (
+            "<|im_start|>",
+            "\n\n?<|im_end|>",
+        )
         assert tokenizer.eos_ids == (tokenizer._control.token_to_id("<|im_end|>"),)
 
     def test_loop_controls_are_known(self, make) -> None:

@@ -1,12 +1,12 @@
-"""Evidence: attention to chosen blocks -> places, best first, only of the document, only beyond what is expected."""
+"""Evidence: attention to blocks -> places, best first, only of the document, only beyond what is expected."""
 
 import pytest
 
 from nsa_cli.context import build_context
 from nsa_cli.documents import Document
-from nsa_cli.evidence import Evidence, find_evidence, smoothed_lift
+from nsa_cli.evidence import Evidence, find_evidence
 from nsa_models import NSAConfig
-from nsa_models.selection import SelectionMass
+from nsa_models.retrieval import RetrievalMass
 
 BLOCK = 64
 CONFIG = NSAConfig(
@@ -34,13 +34,15 @@ def context_of(*texts: str):
     return build_context([Document(f"{'abc'[i]}.txt", text) for i, text in enumerate(texts)], Letters())
 
 
-def selection_of(blocks: int, chosen: dict[int, float], expected: float = 10.0) -> SelectionMass:
-    selection = SelectionMass(CONFIG, blocks * BLOCK)
-    selection.mass[:] = expected
-    selection.expected[:] = expected
-    for block, count in chosen.items():
-        selection.mass[block] = count
-    return selection
+def mass_of(blocks: int, drawn: dict[int, float]) -> RetrievalMass:
+    """What some blocks drew; the others share what makes 10 the even share."""
+    retrieval = RetrievalMass(CONFIG, blocks * BLOCK)
+    rest = [block for block in range(1, blocks) if block not in drawn]
+    retrieval.mass[rest] = (10 * (blocks - 1) - sum(drawn.values())) / len(rest)
+    for block, mass in drawn.items():
+        retrieval.mass[block] = mass
+    assert retrieval.expected == pytest.approx(10)
+    return retrieval
 
 
 LINES = "x" * 31 + "\n"  # two lines a block
@@ -50,27 +52,27 @@ def test_a_chosen_block_becomes_its_lines():
     context = context_of(LINES * 40)  # one header of 14 tokens, then 32 tokens a line
     header = len("=== a.txt ===\n")
     offset = 2 * BLOCK - header  # lines start where a block does
-    (found,) = find_evidence(selection_of(30, {5: 40}), context, offset, 5)
-    assert found == Evidence("a.txt", 7, 8, pytest.approx(41 / 11))
-    assert str(found) == "a.txt:7-8  lift 3.7x"
-    assert found.to_json() == {"path": "a.txt", "start": 7, "end": 8, "lift": 3.73}
+    (found,) = find_evidence(mass_of(30, {5: 40}), context, offset, 5)
+    assert found == Evidence("a.txt", 7, 8, pytest.approx(4.0))
+    assert str(found) == "a.txt:7-8  lift 4.0x"
+    assert found.to_json() == {"path": "a.txt", "start": 7, "end": 8, "lift": 4.0}
 
 
 def test_the_best_come_first_and_no_more_than_asked_for():
     context = context_of(LINES * 60)
-    selection = selection_of(30, {3: 30, 7: 90, 11: 50, 15: 40})
-    found = find_evidence(selection, context, 0, 3)
-    assert [round(e.lift, 1) for e in found] == [8.3, 4.6, 3.7]
-    assert find_evidence(selection, context, 0, 0) == []
+    retrieval = mass_of(30, {3: 30, 7: 90, 11: 50, 15: 40})
+    found = find_evidence(retrieval, context, 0, 3)
+    assert [round(e.lift, 1) for e in found] == [9.0, 5.0, 4.0]
+    assert find_evidence(retrieval, context, 0, 0) == []
 
 
 def test_neighbours_in_a_file_are_one_place_and_files_are_kept_apart():
     context = context_of(LINES * 8, LINES * 8)  # about 300 tokens each; the listing takes less than a block
     last_of_a, first_of_b = context.files[0].stop // BLOCK, context.files[1].start // BLOCK
     assert last_of_a == first_of_b  # one block straddles both
-    found = find_evidence(selection_of(12, {last_of_a - 1: 60, last_of_a: 70, last_of_a + 1: 50}), context, 0, 9)
+    found = find_evidence(mass_of(12, {last_of_a - 1: 60, last_of_a: 70, last_of_a + 1: 50}), context, 0, 9)
     assert [e.path for e in found] == ["a.txt", "b.txt"]
-    assert all(e.lift == pytest.approx(71 / 11) for e in found)
+    assert all(e.lift == pytest.approx(7.0) for e in found)
     assert found[0].end == 8 and found[1].start == 1
 
 
@@ -78,19 +80,15 @@ def test_blocks_around_the_document_are_no_evidence():
     context = context_of(LINES * 8)
     before = 4 * BLOCK
     after = (before + len(context.ids)) // BLOCK + 1
-    assert find_evidence(selection_of(20, {0: 99, 3: 99, after: 99, 19: 99}), context, before, 5) == []
-    (found,) = find_evidence(selection_of(20, {4: 99, 3: 99}), context, before + 1, 5)
+    assert find_evidence(mass_of(20, {0: 99, 3: 99, after: 99, 19: 99}), context, before, 5) == []
+    (found,) = find_evidence(mass_of(20, {4: 99, 3: 99}), context, before + 1, 5)
     assert (found.start, found.end) == (1, 2)  # only the document's part of block 3 and block 4
 
 
-def test_what_was_expected_is_no_evidence():
-    assert smoothed_lift(selection_of(30, {})) == {}
-    assert smoothed_lift(selection_of(30, {4: 16})) == {}  # within two standard deviations
-    assert list(smoothed_lift(selection_of(30, {4: 17}))) == [4]
-
-
-def test_a_block_that_was_hardly_open_to_choice_does_not_lead():
-    selection = selection_of(30, {4: 60})
-    selection.mass[9], selection.expected[9] = 2, 0.1  # a plain ratio would say 20
-    lift = smoothed_lift(selection)
-    assert lift[4] > lift[9] > 1
+def test_what_chance_gives_is_no_evidence():
+    context = context_of(LINES * 60)
+    assert find_evidence(mass_of(30, {}), context, 0, 5) == []
+    assert find_evidence(mass_of(30, {4: 19}), context, 0, 5) == []
+    (found,) = find_evidence(mass_of(30, {4: 21}), context, 0, 5)
+    assert found.lift == pytest.approx(2.1)
+    assert find_evidence(RetrievalMass(CONFIG, 30 * BLOCK), context, 0, 5) == []  # nothing was asked

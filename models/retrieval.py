@@ -1,0 +1,61 @@
+"""Where the words of a question lead in the document before it: the raw material of evidence.
+
+A few heads look up what a word refers to (retrieval heads, arXiv 2404.15574; chosen for questions, arXiv 2506.09944);
+most look at the beginning, at commas, at their own line, and drown them. What a word refers to does not depend on how far
+away it stands: all keys are taken at one distance, as InfLLM takes far ones (arXiv 2402.04617). At their own distances,
+beyond the length that a model was trained for, rotations make the same heads miss.
+"""
+
+import torch
+from torch import Tensor
+
+from nsa_models.config import NSAConfig
+from nsa_models.rope import Rope, rotate
+
+# Tokens from every key to a question's word. Definition of a named function among the best 5 blocks, at 110,000 tokens:
+# 75 % of 24 questions at 64 or 0, 62 % at 512, 25 % at the true distances; at 20,000 tokens 92 % and 88 %.
+DISTANCE = 64
+
+
+class RetrievalMass:
+    """Softmax mass that queries give to blocks of the document, summed over the config's `retrieval_heads`.
+
+    `mass` is (NB,), one entry a selection block. The first blocks, which NSA forces, are left out: whatever has nothing
+    to look up looks there (attention sink).
+    """
+
+    def __init__(self, config: NSAConfig, document: int) -> None:
+        """document: its tokens, from the first of the sequence; queries come after them."""
+        self.config, self.document = config, document
+        self.mass = torch.zeros(config.variant.block_count(document), dtype=torch.float64)
+        self.near = Rope(config, config.rope_factor(DISTANCE)).angles(torch.tensor([DISTANCE]), torch.float32)
+        self.heads: dict[int, list[int]] = {}
+        every = ((layer, head) for layer in range(config.num_hidden_layers) for head in range(config.num_heads))
+        for layer, head in config.retrieval_heads or every:
+            self.heads.setdefault(layer, []).append(head)
+
+    @property
+    def expected(self) -> float:
+        """A block's share if the mass were spread evenly."""
+        return float(self.mass.sum()) / max(self.mass.shape[0] - self.config.initial_blocks, 1)
+
+    def add(self, layer: int, q: Tensor, k: Tensor, rope: Rope) -> None:
+        """One layer's queries q (T, HQ, D), the last T of k (S, HKV, D), both as rotated by `rope`."""
+        heads = self.heads.get(layer)
+        if not heads or not self.document:
+            return
+        T, S, G, initial = q.shape[0], k.shape[0], q.shape[1] // k.shape[1], self.config.initial_blocks
+        keys = {head // G for head in heads}
+        angles = rope.angles(torch.arange(self.document, device=k.device), torch.float32)
+        plain = {h: rope.undo(k[: self.document, h : h + 1].float(), *angles)[:, 0] for h in keys}
+        asked = rope.undo(q.float(), *rope.angles(torch.arange(S - T, S, device=q.device), torch.float32))
+        asked = rotate(asked, *(x.to(q.device) for x in self.near))
+        for head in heads:
+            mass = block_mass(asked[:, head], plain[head // G], self.config.select_block)
+            self.mass[initial:] += mass[initial:].double().cpu()
+
+
+def block_mass(q: Tensor, k: Tensor, size: int) -> Tensor:
+    """Softmax mass of each block of `size` keys, summed over queries: (NB,). q: (T, D); k: (S, D)."""
+    mass = torch.softmax(q * q.shape[1] ** -0.5 @ k.T, -1).sum(0)
+    return torch.nn.functional.pad(mass, (0, -k.shape[0] % size)).view(-1, size).sum(1)

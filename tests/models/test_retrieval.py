@@ -1,0 +1,106 @@
+"""Where a question's words lead: softmax mass per block of the document, whatever the distance."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nsa_models import Cache, NSAConfig, prefill
+from nsa_models.config import RopeScaling
+from nsa_models.errors import ModelError
+from nsa_models.retrieval import DISTANCE, RetrievalMass, block_mass
+from nsa_models.rope import Rope, rotate
+from nsa_models.transformer import NSAModel
+
+CONFIG = NSAConfig(
+    vocab_size=50,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=4,
+    intermediate_size=16,
+    max_position_embeddings=4096,
+    rope_scaling=RopeScaling(16.0, 256),
+    compress_block=8,
+    compress_stride=8,
+    select_block=8,
+    select_count=12,
+    initial_blocks=1,
+    local_blocks=2,
+    retrieval_heads=((1, 0), (1, 5)),
+)
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def test_mass_of_blocks_is_that_of_a_softmax() -> None:
+    q, k = random(5, 4), random(77, 4)
+    p = torch.nn.functional.pad(torch.softmax(q @ k.T / 2, -1), (0, 3)).view(5, 10, 8)
+    torch.testing.assert_close(block_mass(q, k, 8), p.sum((0, 2)))
+
+
+@pytest.mark.parametrize("factor", [1.0, 16.0])
+@pytest.mark.parametrize("start", [0, 3000])
+def test_distance_does_not_matter(factor: float, start: int) -> None:
+    """The same words and keys, rotated to their places with any scaling, give what they give DISTANCE apart."""
+    q, k, rope = random(5, 6, 4), random(40, 2, 4), Rope(CONFIG, factor)
+    places = torch.arange(45) + (torch.arange(45) >= 40) * start  # the words stand `start` behind the document
+    rotated = rotate(k, *rope.angles(places[:40], torch.float32))
+    between = torch.zeros(start, 2, 4)
+    asked = rotate(q, *rope.angles(places[40:], torch.float32))
+    retrieval = RetrievalMass(CONFIG, 40)
+    retrieval.add(1, asked, torch.cat([rotated, between, random(5, 2, 4)]), rope)
+    near = rotate(q, *Rope(CONFIG, CONFIG.rope_factor(DISTANCE)).angles(torch.tensor([DISTANCE]), torch.float32))
+    expected = sum(block_mass(near[:, head], k[:, head // 3], 8) for head in (0, 5)).double()
+    expected[0] = 0
+    torch.testing.assert_close(retrieval.mass, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_only_the_named_heads_count_and_not_the_first_block() -> None:
+    retrieval = RetrievalMass(CONFIG, 80)
+    q, k, rope = torch.zeros(1, 6, 4), torch.zeros(81, 2, 4), Rope(CONFIG)
+    retrieval.add(0, q, k, rope)
+    assert retrieval.mass.sum() == 0
+    retrieval.add(1, q, k, rope)
+    assert retrieval.mass[0] == 0
+    torch.testing.assert_close(retrieval.mass[1:], torch.full((9,), 0.2, dtype=torch.float64))  # 2 heads, 10 blocks
+    assert retrieval.expected == pytest.approx(0.2)
+
+
+def test_without_named_heads_all_count() -> None:
+    retrieval = RetrievalMass(replace(CONFIG, retrieval_heads=()), 80)
+    for layer in range(2):
+        retrieval.add(layer, torch.zeros(1, 6, 4), torch.zeros(81, 2, 4), Rope(CONFIG))
+    torch.testing.assert_close(retrieval.mass[1:], torch.full((9,), 1.2, dtype=torch.float64))
+
+
+def test_without_a_document_nothing_is_found() -> None:
+    retrieval = RetrievalMass(CONFIG, 0)
+    retrieval.add(1, torch.zeros(4, 6, 4), torch.zeros(4, 2, 4), Rope(CONFIG))
+    assert retrieval.mass.shape == (0,) and retrieval.expected == 0
+
+
+def test_the_engine_collects_what_is_prefilled() -> None:
+    model = NSAModel(CONFIG)
+    for p in model.parameters():
+        p.normal_(0, 0.3, generator=torch.Generator().manual_seed(p.numel()))
+    cache = Cache.for_model(model, 90)
+    retrieval = RetrievalMass(CONFIG, 70)
+    ids = torch.arange(80) % 50
+    prefill(model, ids[:70], cache)
+    prefill(model, ids[70:], cache, retrieval=retrieval)
+    assert 0 < retrieval.mass.sum() < 10 * 2  # of queries * heads, the first block takes the rest
+
+
+@pytest.mark.parametrize("heads", [[[2, 0]], [[0, 6]], [[-1, 0]], [[0]], [[0, 1.5]], "1.0", 5, [[True, 0]], [3]])
+def test_heads_that_do_not_exist_are_one_line(heads: object) -> None:
+    with pytest.raises(ModelError, match=r"^config: retrieval_heads must be a list of \[layer, query head\], below"):
+        NSAConfig.from_dict(CONFIG.to_dict() | {"retrieval_heads": heads})
+
+
+def test_heads_survive_a_round_trip() -> None:
+    assert NSAConfig.from_dict(json.loads(json.dumps(CONFIG.to_dict()))) == CONFIG
