@@ -1,9 +1,9 @@
 """Where the words of a question lead in the document before it: the raw material of evidence.
 
 A few heads look up what a word refers to (retrieval heads, arXiv 2404.15574; chosen for questions, arXiv 2506.09944);
-most look at the beginning, at commas, at their own line, and drown them. What a word refers to does not depend on how far
-away it stands: all keys are taken at one distance, as InfLLM takes far ones (arXiv 2402.04617). At their own distances,
-beyond the length that a model was trained for, rotations make the same heads miss.
+most look at the beginning, at commas, at their own line, and drown them. What a word refers to does not depend on how
+far away it stands: all keys are taken at one distance, as InfLLM takes far ones (arXiv 2402.04617). At their own
+distances, beyond the length that a model was trained for, rotations make the same heads miss.
 """
 
 import torch

@@ -28,8 +28,9 @@ from nsa_cli.output import emit, say_skipped
 def command(arguments, read, request, checkpoint, as_json) -> None:
     """Answer QUESTION about the files and folders at PATH, or about text piped in (PATH `-`, or none).
 
-    The answer goes to stdout as it is generated; where the question leads (path:lines, and how many times
-    an even share of attention they drew) and timings go to stderr. What was read is stored: the next question about it starts at once.
+    The answer goes to stdout as it is generated; where the question leads (path:lines, and how many times an even
+    share of attention they drew) and timings go to stderr. What was read is stored: the next question about it starts
+    at once.
 
     \b
       nsa ask src/ "where is the retry policy set?"
