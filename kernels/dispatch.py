@@ -1,8 +1,11 @@
 """The one seam: tensors in, tensors out. The tensor at the call decides which implementation runs.
 
-The same signatures in `reference` (the equations; float64 and anything that needs a gradient), `native` (C, where the
-machine has a compiler) and `cpu` (blocked torch operations, anywhere).
+The same signatures in `gpu` (Triton; a CUDA or HIP tensor), `native` (C; a CPU's, where the machine has a compiler),
+`cpu` (blocked torch operations, anywhere) and `reference` (the equations; float64, and gradients on a CPU).
 """
+
+import importlib
+from types import ModuleType
 
 from torch import Tensor, is_grad_enabled
 from torch import float64 as _float64
@@ -14,10 +17,12 @@ from nsa_kernels.variant import Variant
 __all__ = ["Phi", "Variant", "compress", "dense_attention", "nsa_attention"]
 
 
-def _implementation(x: Tensor):
-    if x.dtype == _float64 or (x.requires_grad and is_grad_enabled()):
+def _implementation(x: Tensor) -> ModuleType:
+    if x.dtype == _float64:
         return reference
-    return cpu
+    if x.is_cuda:  # HIP devices say so too
+        return importlib.import_module("nsa_kernels.gpu")  # Triton is loaded where it is used
+    return reference if x.requires_grad and is_grad_enabled() else cpu
 
 
 def compress(x: Tensor, variant: Variant, phi: Phi = None, position: Tensor | None = None) -> Tensor:

@@ -1,0 +1,125 @@
+"""Which blocks a query reads (eq. 9 to 12), in Triton: scores are made again from q, k_cmp and lse and never stored.
+
+Held as one row a query, importances of 128k tokens would take 128k x 2k x 4 bytes = 1 GB per key head. Here a tile of
+queries keeps its best n so far in registers, as integers that hold a score's bits above the block's number:
+non-negative floats order as their bits do, and one sort moves both.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_kernels.flash import _precision, _range, _rows
+from nsa_kernels.variant import Variant
+
+
+@triton.jit
+def _merge(best, new, N: tl.constexpr):
+    """The N largest of two rows, descending. best is so already; new has at least N."""
+    top = tl.topk(new, N)
+    return tl.sort(tl.maximum(best, tl.flip(top, 1)), descending=True)  # bitonic: the larger of best[i], top[N-1-i]
+
+
+@triton.jit
+def _blocks(best, KEEP: tl.constexpr, T: tl.constexpr, N: tl.constexpr):
+    """Numbers of the first KEEP entries that are there, 2^31 - 1 for the others."""
+    number = (2147483647 - (best & 2147483647)).to(tl.int32)
+    kept = (tl.arange(0, N)[None, :] < KEEP) & (best >= 0)
+    return tl.where(kept, number, 2147483647)
+
+
+@triton.jit
+def _select(
+    q, k, lse, weight, chosen, T, NC, offset, scale, q_t, q_h, k_s, k_h,
+    G: tl.constexpr, PG: tl.constexpr, D: tl.constexpr, PD: tl.constexpr, L: tl.constexpr, STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr, FIRST: tl.constexpr, WEIGHTS: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
+    COUNT: tl.constexpr, KEEP: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    h = tl.program_id(1)
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    r = tl.arange(0, BT * PG)  # rows: every query has PG heads, G of them real, so that a sum over heads is one axis
+    rt, head = tl.program_id(0) * BT + r // PG, r % PG
+    real = (rt < T) & (head < G)
+    row = rt * G + head
+    _, hi = _range(offset + rt, NC, L, STRIDE, 0)
+    hi = tl.where(real, hi, 0)
+    d = tl.arange(0, PD)
+    x = tl.load(_rows(q, row, h, q_t, q_h, G)[:, None] + d, mask=real[:, None] & (d < D), other=0.0)
+    lse_row = tl.load(lse + h.to(tl.int64) * T * G + row, mask=real & (hi > 0), other=0.0)
+    current = (offset + t) // BLOCK
+    best = tl.full([BT, N], -1, tl.int64)
+    own = tl.full([BT, N], -1, tl.int64)
+    last = tl.max(tl.where(t < T, current, 0))
+    for start in range(0, last + 1, BJ):
+        j = start + tl.arange(0, BJ)
+        score = tl.zeros([BT, BJ], tl.float32)
+        for w in tl.static_range(WEIGHTS):
+            c = j * (BLOCK // STRIDE) + FIRST + w
+            there = (c >= 0) & (c < NC)
+            kt = tl.load(
+                k + h.to(tl.int64) * k_h + c.to(tl.int64)[None, :] * k_s + d[:, None],
+                mask=there & (d[:, None] < D), other=0.0,
+            )  # fmt: skip
+            s = tl.dot(x, kt, input_precision=PRECISION) * scale
+            p = tl.where(there & (c < hi[:, None]), tl.exp2(s - lse_row[:, None]), 0.0)
+            score += tl.load(weight + w) * tl.sum(tl.reshape(p, (BT, PG, BJ)), 1)
+        forced = (j < INITIAL) | (j > current[:, None] - LOCAL)
+        score = tl.where(forced, float("inf"), score)
+        key = (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (2147483647 - j).to(tl.int64)
+        key = tl.where(j <= current[:, None], key, -1)
+        if CHUNK:
+            mine = j // CHUNK == (current // CHUNK)[:, None]
+            own = _merge(own, tl.where(mine, key, -1), N)
+            key = tl.where(mine, -1, key)
+        best = _merge(best, key, N)
+    found = _blocks(best, KEEP, BT, N)
+    to = chosen + (t.to(tl.int64)[:, None] * tl.num_programs(1) + h) * COUNT
+    if CHUNK:
+        both = tl.reshape(tl.join(found, _blocks(own, KEEP, BT, N)), (BT, 2 * N))
+        found = tl.sort(both)
+        i = tl.arange(0, 2 * N)
+    else:
+        found = tl.sort(found)
+        i = tl.arange(0, N)
+    found = tl.where(found == 2147483647, -1, found)
+    tl.store(to + i, found, mask=(t < T)[:, None] & (i < COUNT))
+
+
+def select_blocks(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    variant: Variant,
+    *,
+    offset: int = 0,
+    scale: float | None = None,
+    rows: int = 64,
+    blocks: int = 32,
+) -> Tensor:
+    """Forced blocks and the most important others per query, ascending, -1 where fewer exist: (T, HKV, n) int32.
+
+    q: (T, HQ, D); k_cmp: (NC, HKV, D); lse: (HKV, T * G) in log2, of the compressed branch (`flash.attention`). rows,
+    blocks: (query, head) rows and selection blocks of a tile.
+    """
+    (T, HQ, D), (NC, HKV, _) = q.shape, k_cmp.shape
+    G, v = HQ // HKV, variant
+    keep = v.select_count // 2 if v.topk == "streamed" else v.select_count
+    N, PG = max(2, triton.next_power_of_2(keep)), triton.next_power_of_2(G)
+    weights = v.importance_weights
+    first = min(weights)
+    weight = torch.tensor([float(weights.get(first + i, 0)) for i in range(max(weights) - first + 1)], device=q.device)
+    chosen = torch.empty(T, HKV, v.select_count, device=q.device, dtype=torch.int32)
+    BT = max(16, rows, PG) // PG
+    _select[(triton.cdiv(T, BT), HKV)](
+        q, k_cmp, lse, weight, chosen, T, NC, offset, math.log2(math.e) * (D**-0.5 if scale is None else scale),
+        *q.stride()[:2], *k_cmp.stride()[:2],
+        G=G, PG=PG, D=D, PD=max(16, triton.next_power_of_2(D)), L=v.compress_block, STRIDE=v.compress_stride,
+        BLOCK=v.select_block, FIRST=first, WEIGHTS=weight.numel(), INITIAL=v.initial_blocks, LOCAL=v.local_blocks,
+        COUNT=v.select_count, KEEP=keep, N=N, CHUNK=v.topk_chunk if v.topk == "streamed" else 0, BT=BT,
+        BJ=max(16, blocks, N), PRECISION=_precision(q), num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return chosen
