@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from nsa_kernels import flash, selected
+from nsa_kernels import ranged, selected
 from nsa_kernels.reference import compress
 from nsa_kernels.select import select_blocks
 from nsa_kernels.variant import Variant
@@ -31,7 +31,7 @@ def nsa_attention(
     k, v, k_cmp, v_cmp = k[:S], v[:S], k_cmp[:NC], v_cmp[:NC]
     k_swa, v_swa = k if k_swa is None else k_swa[:S], v if v_swa is None else v_swa[:S]
     at = dict(offset=offset, scale=scale)
-    o_cmp, lse = flash.attention(
+    o_cmp, lse = ranged.attention(
         q_cmp, k_cmp, v_cmp, block=variant.compress_block, stride=variant.compress_stride, **at
     )
     chosen = select_blocks(q_cmp.detach(), k_cmp.detach(), lse, variant, **at)
@@ -39,11 +39,11 @@ def nsa_attention(
         q, k, v, chosen, variant.select_block, **at
     )
     if variant.window:
-        o = o + gates[..., 2, None] * flash.attention(q, k_swa, v_swa, window=variant.window, **at)[0]
+        o = o + gates[..., 2, None] * ranged.attention(q, k_swa, v_swa, window=variant.window, **at)[0]
     return o, chosen
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, offset: int = 0, scale: float | None = None) -> Tensor:
     """Causal full attention. Shapes as in `reference.dense_attention`."""
     S = offset + q.shape[0]
-    return flash.attention(q, k[:S], v[:S], offset=offset, scale=scale)[0]
+    return ranged.attention(q, k[:S], v[:S], offset=offset, scale=scale)[0]

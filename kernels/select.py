@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.flash import _precision, _range, _rows
+from nsa_kernels.ranged import _precision, _range, _rows
 from nsa_kernels.variant import Variant
 
 
@@ -102,24 +102,50 @@ def select_blocks(
 ) -> Tensor:
     """Forced blocks and the most important others per query, ascending, -1 where fewer exist: (T, HKV, n) int32.
 
-    q: (T, HQ, D); k_cmp: (NC, HKV, D); lse: (HKV, T * G) in log2, of the compressed branch (`flash.attention`). rows,
-    blocks: (query, head) rows and selection blocks of a tile.
+    q: (T, HQ, D); k_cmp: (NC, HKV, D); lse: (HKV, T * G) in log2, of the compressed branch (`ranged.attention`).
+    rows, blocks: (query, head) rows and selection blocks of a tile.
     """
     (T, HQ, D), (NC, HKV, _) = q.shape, k_cmp.shape
-    G, v = HQ // HKV, variant
-    keep = v.select_count // 2 if v.topk == "streamed" else v.select_count
-    N, PG = max(2, triton.next_power_of_2(keep)), triton.next_power_of_2(G)
-    weights = v.importance_weights
-    first = min(weights)
-    weight = torch.tensor([float(weights.get(first + i, 0)) for i in range(max(weights) - first + 1)], device=q.device)
-    chosen = torch.empty(T, HKV, v.select_count, device=q.device, dtype=torch.int32)
-    BT = max(16, rows, PG) // PG
-    _select[(triton.cdiv(T, BT), HKV)](
-        q, k_cmp, lse, weight, chosen, T, NC, offset, math.log2(math.e) * (D**-0.5 if scale is None else scale),
-        *q.stride()[:2], *k_cmp.stride()[:2],
-        G=G, PG=PG, D=D, PD=max(16, triton.next_power_of_2(D)), L=v.compress_block, STRIDE=v.compress_stride,
-        BLOCK=v.select_block, FIRST=first, WEIGHTS=weight.numel(), INITIAL=v.initial_blocks, LOCAL=v.local_blocks,
-        COUNT=v.select_count, KEEP=keep, N=N, CHUNK=v.topk_chunk if v.topk == "streamed" else 0, BT=BT,
-        BJ=max(16, blocks, N), PRECISION=_precision(q), num_warps=4, num_stages=2,
-    )  # fmt: skip
+    G = HQ // HKV
+    shape = settings(G, D, variant, rows, blocks)
+    weight = torch.tensor(_weights(variant), device=q.device)
+    chosen = torch.empty(T, HKV, variant.select_count, device=q.device, dtype=torch.int32)
+    scale = math.log2(math.e) * (D**-0.5 if scale is None else scale)
+    grid = (triton.cdiv(T, shape["BT"]), HKV)
+    strides = (*q.stride()[:2], *k_cmp.stride()[:2])
+    _select[grid](q, k_cmp, lse, weight, chosen, T, NC, offset, scale, *strides, **shape | {"PRECISION": _precision(q)})
     return chosen
+
+
+def _weights(variant: Variant) -> list[float]:
+    """Eq. 9's weights, from the first offset that has one to the last."""
+    weights = variant.importance_weights
+    return [float(weights.get(i, 0)) for i in range(min(weights), max(weights) + 1)]
+
+
+def settings(G: int, D: int, v: Variant, rows: int = 64, blocks: int = 32) -> dict:
+    """Constants and launch settings for groups of G heads of width D."""
+    keep, chunk = (v.select_count // 2, v.topk_chunk) if v.topk == "streamed" else (v.select_count, 0)
+    N, PG = max(2, triton.next_power_of_2(keep)), triton.next_power_of_2(G)
+    return dict(
+        G=G,
+        PG=PG,
+        D=D,
+        PD=max(16, triton.next_power_of_2(D)),
+        L=v.compress_block,
+        STRIDE=v.compress_stride,
+        BLOCK=v.select_block,
+        FIRST=min(v.importance_weights),
+        WEIGHTS=len(_weights(v)),
+        INITIAL=v.initial_blocks,
+        LOCAL=v.local_blocks,
+        COUNT=v.select_count,
+        KEEP=keep,
+        N=N,
+        CHUNK=chunk,
+        BT=max(16, rows, PG) // PG,
+        BJ=max(16, blocks, N),
+        PRECISION="tf32",
+        num_warps=4,
+        num_stages=2,
+    )

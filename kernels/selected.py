@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.flash import _precision
+from nsa_kernels.ranged import _precision
 
 
 @triton.jit
@@ -170,22 +170,18 @@ class _Selected(torch.autograd.Function):
         G = HQ // HKV
         o = q.new_empty(T, HQ, DV)
         lse = torch.empty(HKV, T, G, device=q.device, dtype=torch.float32)
-        widths = dict(PD=max(16, triton.next_power_of_2(D)), PV=max(16, triton.next_power_of_2(DV)))
-        shape = dict(G=G, D=D, DV=DV, BLOCK=block, PRECISION=_precision(q), **widths)
-        # One warp per 16 x 64 tile: there is no second row of fragments for another to work on.
-        ctx.tile = dict(
-            P=max(16, triton.next_power_of_2(G)), COUNT=chosen.shape[2], N=_keys(block), num_warps=1 if G <= 16 else 4
-        )
+        shape, rows, keys = settings(G, D, DV, block)
+        shape["PRECISION"], rows["COUNT"] = _precision(q), chosen.shape[2]
         strides = [x.stride(i) for x in (q, k, v, o) for i in (0, 1)]
-        _forward[(T, HKV)](q, k, v, chosen, o, lse, T, S, offset, scale, *strides, **shape, **ctx.tile)
+        _forward[(T, HKV)](q, k, v, chosen, o, lse, T, S, offset, scale, *strides, **shape, **rows)
         ctx.save_for_backward(q, k, v, chosen, o, lse)
-        ctx.call = offset, scale, shape
+        ctx.call = offset, scale, shape, rows, keys
         return o
 
     @staticmethod
     def backward(ctx, do):
         q, k, v, chosen, o, lse = ctx.saved_tensors
-        offset, scale, shape = ctx.call
+        offset, scale, shape, rows, keys = ctx.call
         (T, HQ, _), (S, HKV, _) = q.shape, v.shape
         G, do, NB = HQ // HKV, do.contiguous(), triton.cdiv(S, shape["BLOCK"])
         delta = (do.float() * o.float()).sum(-1).view(T, HKV, G).transpose(0, 1).contiguous()
@@ -193,19 +189,27 @@ class _Selected(torch.autograd.Function):
         strides = [x.stride(i) for x in (q, k, v, do) for i in (0, 1)]
         row = (do, lse, delta)
         _backward_q[(T, HKV)](
-            q, k, v, chosen, *row, dq, T, S, offset, scale, *strides, *dq.stride()[:2], **shape, **ctx.tile
+            q, k, v, chosen, *row, dq, T, S, offset, scale, *strides, *dq.stride()[:2], **shape, **rows
         )  # fmt: skip
-        N = _keys(shape["BLOCK"])
-        _backward_kv[(NB, HKV, triton.cdiv(shape["BLOCK"], N))](
+        _backward_kv[(NB, HKV, triton.cdiv(shape["BLOCK"], keys["N"]))](
             q, k, v, *choosers(chosen, NB), *row, dk, dv, T, S, offset, scale, *strides, *dk.stride()[:2],
-            *dv.stride()[:2], M=64, N=N, num_warps=4, **shape,
+            *dv.stride()[:2], **shape, **keys,
         )  # fmt: skip
         return dq, dk, dv, None, None, None, None
 
 
-def _keys(block: int) -> int:
-    """Keys of a tile: a whole block where it is a power of two from 16 to 64."""
-    return max(16, min(64, triton.next_power_of_2(block)))
+def settings(G: int, D: int, DV: int, block: int, hip: bool = torch.version.hip is not None) -> tuple[dict, dict, dict]:
+    """Constants and launch settings: of all three kernels, of those per query, of the one per block.
+
+    A query's heads fill one tile of 16 rows, which one warp multiplies; a tile of keys is a whole block where that is a
+    power of two from 16 to 64.
+    """
+    shape = dict(G=G, D=D, DV=DV, BLOCK=block, PRECISION="tf32")
+    shape |= dict(PD=max(16, triton.next_power_of_2(D)), PV=max(16, triton.next_power_of_2(DV)))
+    keys = max(16, min(64, triton.next_power_of_2(block)))
+    rows = dict(P=max(16, triton.next_power_of_2(G)), N=keys, num_warps=1 if G <= 16 else 4)
+    stages = dict(num_stages=1 if hip else 2)
+    return shape, rows | stages, dict(M=32 if hip else 64, N=keys, num_warps=4) | stages
 
 
 def attention(

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nsa_kernels import Variant, flash, reference, select
+from nsa_kernels import Variant, ranged, reference, select
 
 SMALL = Variant(compress_block=8, compress_stride=4, select_block=16, select_count=5, window=24)
 VARIANTS = {
@@ -30,7 +30,7 @@ def check(q, k, variant: Variant, offset: int) -> None:
     """The scores of the chosen blocks are the best ones, forced blocks among them, in ascending order."""
     T, HKV = q.shape[0], k.shape[1]
     small = dict(M=16, N=16)
-    _, lse = flash.attention(
+    _, lse = ranged.attention(
         q, k, k, offset=offset, block=variant.compress_block, stride=variant.compress_stride, tile=small
     )
     got = select.select_blocks(q, k, lse, variant, offset=offset, rows=16, blocks=16)
