@@ -100,6 +100,51 @@ def flash_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "D192/128 G16 fp32", lambda: run(64, 4, 192, 128, torch.float32)
 
 
+def decode_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    from nsa_kernels.decode import decode_attention, decode_dense
+    from nsa_kernels.variant import Variant
+
+    def run(B, HQ, HKV, D, Dv, variant, dtype=torch.bfloat16, capacity=131072):
+        rows = variant.compressed_count(capacity)
+        caches = ((capacity, D), (capacity, Dv), (rows, D), (rows, Dv))
+        k, v, k_cmp, v_cmp = (torch.empty(B, HKV, *shape, device="meta", dtype=dtype) for shape in caches)
+        q, gates = (torch.empty(B, HQ, width, device="meta", dtype=dtype) for width in (D, 3))
+        lengths = torch.empty(B, device="meta", dtype=torch.int32)
+        decode_attention(q, k, v, k_cmp, v_cmp, gates, lengths, variant)
+        decode_dense(q, k, v, lengths)
+
+    paper, nsa_1b = Variant(), Variant(16, 16, 16, 16, 0, 1, 128, topk="streamed", topk_chunk=16)
+    yield "D64 G3", lambda: run(1, 9, 3, 64, 64, paper)
+    yield "D128 G16", lambda: run(16, 64, 4, 128, 128, paper)
+    yield "D192/128 G16", lambda: run(64, 64, 4, 192, 128, paper)
+    yield "D64 G16 blocks of 16", lambda: run(1, 32, 2, 64, 64, nsa_1b)
+    yield "D64 G3 fp32", lambda: run(1, 9, 3, 64, 64, paper, torch.float32)
+
+
+def append_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    from nsa_kernels.append import append, compress_newest
+    from nsa_kernels.variant import Variant
+
+    def tensor(*shape, dtype=torch.bfloat16):
+        return torch.empty(*shape, device="meta", dtype=dtype)
+
+    def run(B, HQ, HKV, D, Dv, kind, variant, capacity=131072):
+        lengths, l = tensor(B, dtype=torch.int32), variant.compress_block
+        k, v = tensor(B, HKV, capacity, D), tensor(B, HKV, capacity, Dv)
+        k_cmp = tensor(B, HKV, variant.compressed_count(capacity), D)
+        angles = tensor(capacity, D // 2, dtype=torch.float32), tensor(capacity, D // 2, dtype=torch.float32)
+        append(tensor(B, HQ, D), tensor(B, HKV, D), tensor(B, HKV, Dv), k, v, lengths, *angles)
+        phi = None if kind == "mean" else tensor(HKV, l * D, D)
+        if kind == "mlp":
+            phi = tensor(HKV, l * D, 2 * D), tensor(HKV, 2 * D), tensor(HKV, 2 * D, D), tensor(HKV, D)
+        compress_newest(k, k_cmp, lengths, variant, phi, tensor(HKV, l, D), undo=angles, rotate=angles)
+        compress_newest(k, k_cmp, lengths, variant)
+
+    yield "D64 G3", lambda: run(1, 9, 3, 64, 64, "mean", Variant())
+    yield "D192/128 G16", lambda: run(64, 64, 4, 192, 128, "mlp", Variant())
+    yield "D64 G16 blocks of 16", lambda: run(1, 32, 2, 64, 64, "linear", Variant(16, 16, 16, 16, 0, 1, 128))
+
+
 def main(suite: str, target: str, only: str = "") -> None:
     module = __import__(f"nsa_kernels.{suite}", fromlist=[suite])
     module.target_of = lambda x: target
