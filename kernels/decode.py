@@ -1,14 +1,14 @@
 """One NSA decode step in Triton for a batch of sequences of different lengths, safe to capture in a CUDA graph.
 
-A step is bound by the bytes it must read. Per sequence and key head that is T/d compressed keys and values, n * l' tokens of
-the selected blocks and w of the window: at 64k tokens with the paper's settings 4096 + 1024 + 512 = 5632 of 65536, so
-11.6 times less than dense attention reads. Four launches, each with as many programs as the machine has room for:
+A step is bound by the bytes it must read. Per sequence and key head that is T/d compressed keys and values, n * l'
+tokens of the selected blocks and w of the window: at 64k tokens with the paper's settings 4096 + 1024 + 512 = 5632 of
+65536, 11.6 times less than dense attention reads. Four launches, each with as many programs as the machine has room for:
 
-1. `_stream_part`  compressed keys in splits: partial o_cmp and log-sum-exp, and every score in float32. The scores add
-   G * 4 bytes to the 2 * (D + Dv) of each compressed key and value (10 % at G = 16, D = 192, Dv = 128), written once and
-   read once, mostly from the L2 cache; computing them again would read D * 2 bytes.
+1. `_stream_part`  compressed keys in splits: partial o_cmp and log-sum-exp, and every score in float32. The scores
+   add G * 4 bytes to the 2 * (D + Dv) of each compressed key and value (10 % at G = 16, D = 192, Dv = 128), written
+   once and read once, mostly from the L2 cache; computing them again would read D * 2 bytes.
 2. `_candidates`   eq. 9 and 10 on chunks of selection blocks: the n best of each chunk.
-3. `_gather_part`  ranks the candidates, then partial o_slc over splits of the chosen blocks and o_swa over the window's.
+3. `_gather_part`  ranks the candidates, then partial o_slc over splits of the chosen blocks, o_swa over the window's.
 4. `_combine`      merges the partial results and applies the gates.
 
 Lengths are read on the device and grids depend on capacities alone. Caches are (B, HKV, capacity, D) with any strides;
@@ -244,7 +244,7 @@ def _stream_part(
     """One split of all rows that a sequence's last token sees: compressed blocks, or tokens where L = STRIDE = 1."""
     split, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     count = _compressed_count(tl.load(LENGTHS + b), L, STRIDE)
-    # Splits share the rows there are, not those there is room for: no program idles in a short sequence of a long cache.
+    # Splits share the rows there are, not those there is room for: none idles in a short sequence of a long cache.
     share = tl.cdiv(tl.cdiv(count, BN), tl.num_programs(0)) * BN
     first = split * share
     last = min(count, first + share)
@@ -282,8 +282,8 @@ def _candidates(
     FIRST: tl.constexpr, OFFSETS: tl.constexpr, WEIGHTS: tl.constexpr, CHUNK: tl.constexpr, G: tl.constexpr,
     SPLITS: tl.constexpr, SB: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """The best of CHUNK selection blocks, as 64-bit keys: the importance's bits, which order as the floats do since none
-    is negative, above 2**31-1 minus the block's index, so that of equals the first wins. -1 = none.
+    """The best of CHUNK selection blocks, as 64-bit keys: the importance's bits, which order as the floats do since
+    none is negative, above 2**31-1 minus the block's index, so that of equals the first wins. -1 = none.
     """
     chunk, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     length = tl.load(LENGTHS + b)
