@@ -36,12 +36,8 @@ def append(
         )
     if cos is not None and (D % 2 or cos.shape[1] != D // 2):
         raise ValueError(f"cos {tuple(cos.shape)} does not fit heads of {D}")
-    q, k, v, rotated = (
-        last_dense(q),
-        last_dense(k),
-        last_dense(v),
-        torch.empty_like(q, memory_format=torch.contiguous_format),
-    )
+    q, k, v = last_dense(q), last_dense(k), last_dense(v)
+    rotated = torch.empty(B, HQ, D, device=q.device, dtype=q.dtype)
     G, half = HQ // HKV, triton.cdiv(D, 2)
     _append[HKV, B](
         q, k, v, rotated, k_cache, v_cache, cos, sin, lengths,

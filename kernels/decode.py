@@ -2,7 +2,7 @@
 
 A step is bound by the bytes it must read. Per sequence and key head that is T/d compressed keys and values, n * l'
 tokens of the selected blocks and w of the window: at 64k tokens with the paper's settings 4096 + 1024 + 512 = 5632 of
-65536, 11.6 times less than dense attention reads. Four launches, each with as many programs as the machine has room for:
+65536, 11.6 times less than dense attention reads. Four launches, each with as many programs as there is room for:
 
 1. `_stream_part`  compressed keys in splits: partial o_cmp and log-sum-exp, and every score in float32. The scores
    add G * 4 bytes to the 2 * (D + Dv) of each compressed key and value (10 % at G = 16, D = 192, Dv = 128), written
