@@ -34,8 +34,9 @@ def test_the_example_learns():
     example = inspect.getdoc(NativeSparseAttention).split("\n\n    import torch\n")[1].split("\n\ndim:")[0]
     names: dict = {}
     exec("import torch\n" + textwrap.dedent("    " + example.lstrip()), names)  # noqa: S102
-    losses = names["losses"]
-    assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
+    first, last = (sum(part) / 20 for part in (names["losses"][:20], names["losses"][-20:]))
+    assert first > 1.5  # guessing one of eight costs log 8 = 2.1
+    assert last < 0.5
 
 
 @pytest.mark.parametrize("options", KINDS, ids=str)
