@@ -6,6 +6,7 @@ Attributes load on first use: a model's config needs `Variant`, which needs no t
 import importlib
 
 _EXPORTS = {
+    "NativeSparseAttention": "module",
     "Phi": "reference",
     "Variant": "variant",
     "compress": "dispatch",

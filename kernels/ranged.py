@@ -1,7 +1,6 @@
 """Softmax attention over a contiguous range of keys per query, forward and backward, in Triton.
 
-This kernel serves three: dense causal attention, the sliding window and the compressed branch differ only in which keys
-a query at position p sees, lo(p) <= key < hi(p):
+The sliding window and the compressed branch differ only in which keys a query at position p sees, lo(p) <= key < hi(p):
 
     hi = (p + 1 - l) // d + 1    keys that each stand for l tokens, d apart, wholly in the past (l = d = 1: the tokens)
     lo = p - w + 1               with a window of w tokens, else 0
@@ -16,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from nsa_kernels.tiles import target_of
 
 
 @triton.jit
@@ -153,13 +154,14 @@ def _backward_kv(
     tl.store(dv_ + to, dv_acc.to(dv_.dtype.element_ty), mask=(key < S)[:, None] & (dv < DV))
 
 
-def tiles(D: int, DV: int, hip: bool = torch.version.hip is not None) -> dict[str, int]:
+def tiles(D: int, DV: int, target: str) -> dict[str, int]:
     """Tile sizes and launch settings: rows, keys, padded widths. With D = 128 on an NVIDIA GPU 128 x 64 takes 48 KB of
     shared memory forward and 113 KB backward, of 163 on sm_80; wider heads halve both, and so does AMD's gfx942, which
     has 64 KB.
     """
-    small = hip or max(D, DV) > 128
+    hip = target.startswith("hip")
     padded = dict(PD=max(16, triton.next_power_of_2(D)), PV=max(16, triton.next_power_of_2(DV)))
+    small = hip or max(D, DV) > 128
     rows = dict(M=64, N=32, num_warps=4 if hip else 8) if small else dict(M=128, N=64, num_warps=4)
     return rows | dict(num_stages=1 if hip else 2) | padded
 
@@ -220,5 +222,5 @@ def attention(
     lse (HKV, T * G) in log2, -inf where a query sees none. Differentiable in q, k and v.
     """
     scale = math.log2(math.e) * (q.shape[2] ** -0.5 if scale is None else scale)
-    tile = tiles(q.shape[2], v.shape[2]) | (tile or {})
+    tile = tiles(q.shape[2], v.shape[2], target_of(q)) | (tile or {})
     return _Attention.apply(q, k, v, offset, scale, block, stride, window, tile)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.ranged import _precision
+from nsa_kernels.tiles import target_of
 
 
 @triton.jit
@@ -170,7 +171,7 @@ class _Selected(torch.autograd.Function):
         G = HQ // HKV
         o = q.new_empty(T, HQ, DV)
         lse = torch.empty(HKV, T, G, device=q.device, dtype=torch.float32)
-        shape, rows, keys = settings(G, D, DV, block)
+        shape, rows, keys = settings(G, D, DV, block, target_of(q))
         shape["PRECISION"], rows["COUNT"] = _precision(q), chosen.shape[2]
         strides = [x.stride(i) for x in (q, k, v, o) for i in (0, 1)]
         _forward[(T, HKV)](q, k, v, chosen, o, lse, T, S, offset, scale, *strides, **shape, **rows)
@@ -198,7 +199,7 @@ class _Selected(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None
 
 
-def settings(G: int, D: int, DV: int, block: int, hip: bool = torch.version.hip is not None) -> tuple[dict, dict, dict]:
+def settings(G: int, D: int, DV: int, block: int, target: str) -> tuple[dict, dict, dict]:
     """Constants and launch settings: of all three kernels, of those per query, of the one per block.
 
     A query's heads fill one tile of 16 rows, which one warp multiplies; a tile of keys is a whole block where that is a
@@ -208,6 +209,7 @@ def settings(G: int, D: int, DV: int, block: int, hip: bool = torch.version.hip 
     shape |= dict(PD=max(16, triton.next_power_of_2(D)), PV=max(16, triton.next_power_of_2(DV)))
     keys = max(16, min(64, triton.next_power_of_2(block)))
     rows = dict(P=max(16, triton.next_power_of_2(G)), N=keys, num_warps=1 if G <= 16 else 4)
+    hip = target.startswith("hip")
     stages = dict(num_stages=1 if hip else 2)
     return shape, rows | stages, dict(M=32 if hip else 64, N=keys, num_warps=4) | stages
 
