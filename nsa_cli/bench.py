@@ -236,7 +236,7 @@ def record(tokens: int, speeds: dict[str, Speed], **about) -> dict:
 
 
 HEADER = (
-    f"{'tokens':>9}  {'attention':9}  {'prefill tokens/s':>23}  {'decode tokens/s':>21}  {'of matrix rate':>14}  "
+    f"{'tokens':>9}  {'attention':9}  {'prefill tokens/s':>23}  {'decode tokens/s':>23}  {'of matrix rate':>14}  "
     f"{'peak memory':>11}"
 )
 
@@ -244,10 +244,11 @@ HEADER = (
 def row(tokens: int, name: str, speed: Speed) -> str:
     """A line under HEADER."""
     return (
-        f"{tokens:>9,}  {name:9}  {_range(speed.prefill, 0):>23}  {_range(speed.decode, 1):>21}  {speed.share:>14.0%}  "
+        f"{tokens:>9,}  {name:9}  {_range(speed.prefill):>23}  {_range(speed.decode):>23}  {speed.share:>14.0%}  "
         f"{format_bytes(speed.peak_bytes):>11}"
     )
 
 
-def _range(rate: Rate, digits: int) -> str:
+def _range(rate: Rate) -> str:
+    digits = 1 if rate.median < 100 else 0
     return f"{rate.median:,.{digits}f} ({rate.low:,.{digits}f}-{rate.high:,.{digits}f})"

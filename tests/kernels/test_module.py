@@ -54,9 +54,10 @@ def test_it_is_the_same_layer_as_our_models(options):
     x, T = inputs(75, 24), 75
     cache, rope = Cache(config, T, dtype=torch.float64), Rope(config)
     cos, sin = rope.angles(torch.arange(T), torch.float64)
-    q, q_cmp, gates = theirs.project(x, cos, sin, cache, 0)
+    q, q_cmp, gates = theirs.empty_queries(x)
+    theirs.project(x, cos, sin, cache, 0, q, q_cmp, gates)
     theirs.compress(rope, cache, T, torch.float64)
-    expected = theirs.o_proj(theirs.attend(q, q_cmp, gates, cache)[0].flatten(1))
+    expected = theirs.o_proj(theirs.attend(q, q_cmp, gates, cache).flatten(1))
     with torch.no_grad():
         assert torch.allclose(ours(x[None])[0], expected, atol=1e-9)
 
