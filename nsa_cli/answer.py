@@ -113,38 +113,77 @@ def answers(
     request: Request,
     tell: Callable[[str], None],
 ) -> Iterator[Answer]:
-    """The same for several questions: the context is read once, and every question enters where it ends."""
-    tokenizer = checkpoint.tokenizer
-    arounds = [tokenizer.prompt(request.wording(question), request.system) for question in questions]
-    document = arounds[0].before + context.ids
-    longest = max(range(len(arounds)), key=lambda i: len(arounds[i].after))
-    capacity = len(document) + len(arounds[longest].after) + request.sampling.max_tokens
+    """The same for several questions, each on its own: the context is read once, and each enters where it ends."""
+    prompts = [checkpoint.tokenizer.prompt(request.wording(question), request.system) for question in questions]
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i].after))
+    around = len(prompts[longest].before) + len(prompts[longest].after)
+    capacity = around + len(context.ids) + request.sampling.max_tokens
     check_fit(checkpoint, context, questions[longest], request, capacity)
+    conversation = Conversation(checkpoint, context, request, capacity)
+    for question in questions:
+        conversation.reset()
+        yield conversation.ask(question, tell)
 
-    start = time.perf_counter()
-    assert checkpoint.model is not None  # loaded here, for the clock
-    loaded = time.perf_counter()
 
-    shared = len(document) // STORED_BLOCK * STORED_BLOCK
-    cache, stored = read(checkpoint, document + arounds[0].after, shared, capacity, request.use_store)
-    for around in arounds:
-        cache.truncate(shared)
-        logits, retrieval = read_question(checkpoint, document[shared:] + around.after, around, cache)
+class Conversation:
+    """A context that has been read, and what was asked and answered about it since."""
+
+    def __init__(self, checkpoint: Checkpoint, context: "Context", request: Request, capacity: int) -> None:
+        """Read the context, or find it read in the store. capacity: tokens of the prompt and all that follows it."""
+        self.checkpoint, self.context, self.request = checkpoint, context, request
+        self.clock = time.perf_counter()
+        assert checkpoint.model is not None  # loaded here, for the clock
+        self.loaded = time.perf_counter()
+        around = checkpoint.tokenizer.prompt("", request.system)
+        self.before, self.document = len(around.before), around.before + context.ids
+        self.shared = len(self.document) // STORED_BLOCK * STORED_BLOCK
+        prompt = self.document + around.after
+        self.stored: int | None
+        self.cache, self.stored = read(checkpoint, prompt, self.shared, capacity, request)
+        self.unread: list[int] | None = None  # tokens of the last answer that are not in the cache; None = no answer
+
+    def reset(self) -> None:
+        """Forget what was asked."""
+        self.cache.truncate(self.shared)
+        self.unread = None
+
+    def ask(self, question: str, tell: Callable[[str], None]) -> Answer:
+        """Answer one more question, knowing those before it. Raises BudgetError, before anything is read, where it and
+        its answer do not fit.
+        """
+        checkpoint, request, cache = self.checkpoint, self.request, self.cache
+        wording = request.wording(question)
+        if self.unread is None:
+            around = checkpoint.tokenizer.prompt(wording, request.system)
+            rest = self.document[self.shared :] + around.after
+        else:
+            around = checkpoint.tokenizer.follow_up(wording, request.system)
+            rest = self.unread + around.before + around.after
+        reused = cache.length if self.stored is None else self.stored  # the first question pays for the reading
+        prompt_tokens = cache.length + len(rest)
+        longest = request.sampling.max_tokens
+        if prompt_tokens + longest > cache.capacity:
+            raise BudgetError(
+                f"the conversation takes {prompt_tokens:,} tokens and its answer up to {longest:,}; "
+                f"{cache.capacity:,} fit: begin a new one, or lower --max-tokens"
+            )
+        logits, retrieval = read_question(checkpoint, rest, around, cache)
         prefilled = time.perf_counter()
-        text, tokens, reason = generate(checkpoint, cache, logits, request, silent if request.schema else tell)
-        data = _data(text, tokens, reason, request.schema, tell) if request.schema else None
-        yield Answer(
+        text, ids, reason = generate(checkpoint, cache, logits, request, silent if request.schema else tell)
+        self.unread = ids[cache.length - prompt_tokens :]
+        data = _data(text, len(ids), reason, request.schema, tell) if request.schema else None
+        reply = Answer(
             text,
-            find_evidence(retrieval, context, len(around.before), request.evidence),
-            Usage(len(document) + len(around.after), stored, tokens),
-            Timings(loaded - start, prefilled - loaded, time.perf_counter() - prefilled),
+            find_evidence(retrieval, self.context, self.before, request.evidence),
+            Usage(prompt_tokens, reused, len(ids)),
+            Timings(self.loaded - self.clock, prefilled - self.loaded, time.perf_counter() - prefilled),
             checkpoint.name,
             reason,
-            citations=check_citations(text if data is None else texts_in(data), context),
+            citations=check_citations(text if data is None else texts_in(data), self.context),
             data=data,
         )
-        stored = shared
-        start = loaded = time.perf_counter()
+        self.stored, self.clock, self.loaded = None, time.perf_counter(), time.perf_counter()
+        return reply
 
 
 def _data(text: str, tokens: int, reason: str, schema: "Schema", tell: Callable[[str], None]) -> object:
@@ -206,14 +245,14 @@ def check_fit(checkpoint: Checkpoint, context: "Context", question: str, request
 
 
 def read(
-    checkpoint: Checkpoint, prompt: Sequence[int], shared: int, capacity: int, use_store: bool
+    checkpoint: Checkpoint, prompt: Sequence[int], shared: int, capacity: int, request: Request
 ) -> tuple["Cache", int]:
     """A cache of `capacity` tokens holding at least the prompt's first `shared`, and how many came from the store."""
     from nsa_cli.store import Store
     from nsa_models import Cache, prefill
 
     model, digest = checkpoint.model, checkpoint.tokenizer.digest
-    store = Store(cache_dir()) if use_store and shared else None
+    store = Store(cache_dir()) if request.use_store and shared else None
     found = store.open(model, digest, prompt[: shared + 1], capacity) if store else None
     if found and found.note:
         say(f"store: {found.note}", VERBOSE)
@@ -245,8 +284,8 @@ def read_question(checkpoint: Checkpoint, rest: Sequence[int], around: "Prompt",
     return prefill(model, around.close, cache), retrieval
 
 
-def generate(checkpoint, cache, logits, request: Request, tell: Callable) -> tuple[str, int, str]:
-    """Decode to text, piece by piece. Returns the text, the tokens it took and the finish reason."""
+def generate(checkpoint, cache, logits, request: Request, tell: Callable) -> tuple[str, list[int], str]:
+    """Decode to text, piece by piece. Returns the text, its token ids and the finish reason."""
     from nsa_models import decode
     from nsa_models.constrain import Constraint
 
@@ -255,7 +294,8 @@ def generate(checkpoint, cache, logits, request: Request, tell: Callable) -> tup
     schema = request.schema
     constraint = Constraint(tokenizer, checkpoint.config.vocab_size, schema.json) if schema else None
     pieces: list[str] = []
-    tokens, interrupted = 0, False
+    ids: list[int] = []
+    interrupted = False
 
     def out(text: str) -> None:
         text = text if pieces else text.lstrip()
@@ -267,7 +307,7 @@ def generate(checkpoint, cache, logits, request: Request, tell: Callable) -> tup
         for token in decode(
             checkpoint.model, cache, logits, request.sampling, eos_ids=tokenizer.eos_ids, constraint=constraint
         ):
-            tokens += 1
+            ids.append(token)
             out(stops.push(stream.push(token)))
             if stops.found:
                 break
@@ -275,8 +315,8 @@ def generate(checkpoint, cache, logits, request: Request, tell: Callable) -> tup
         interrupted = True
     if not stops.found:
         out(stops.push(stream.end()) + stops.end())
-    reason = "interrupted" if interrupted else "stop" if stops.found or tokens < most else "length"
-    return "".join(pieces), tokens, reason
+    reason = "interrupted" if interrupted else "stop" if stops.found or len(ids) < most else "length"
+    return "".join(pieces), ids, reason
 
 
 class StopStrings:
@@ -307,17 +347,17 @@ class StopStrings:
         return text
 
 
-def show(reply: Answer, as_json: bool, strict: bool = False) -> None:
+def show(reply: Answer, as_json: bool, **about: str) -> None:
     """End the answer on stdout and give evidence, citations and timings on stderr; or print everything as JSON.
 
-    strict: raises CheckError if the answer quotes, or refers to, what the text does not hold.
+    about: more keys of the JSON, such as which question this answers.
     """
     if reply.finish_reason == "length":
         warning = f"the answer was cut at {reply.usage.completion_tokens:,} tokens; --max-tokens gives it more"
     else:
         warning = "" if reply.text else "the model ended its answer before the first word"
     if as_json:
-        emit(json.dumps(reply.to_json(), ensure_ascii=False) + "\n")
+        emit(json.dumps(reply.to_json() | about, ensure_ascii=False) + "\n")
     else:
         emit("" if reply.text.endswith("\n") else "\n")
         for line in (*reply.evidence, *reply.citations):
@@ -327,9 +367,14 @@ def show(reply: Answer, as_json: bool, strict: bool = False) -> None:
         warn(warning)
     if reply.finish_reason == "interrupted":
         raise KeyboardInterrupt
-    missing = [citation for citation in reply.citations if not citation.found]
-    if strict and missing:
-        raise CheckError(f"{len(missing)} of {len(reply.citations)} citations are not in the text: {missing[0].text}")
+
+
+def require_citations(replies: Sequence[Answer]) -> None:
+    """Raise CheckError if an answer quotes, or refers to, what the text does not hold."""
+    citations = [citation for reply in replies for citation in reply.citations]
+    missing = [citation for citation in citations if not citation.found]
+    if missing:
+        raise CheckError(f"{len(missing)} of {len(citations)} citations are not in the text: {missing[0].text}")
 
 
 def timing_line(reply: Answer) -> str:

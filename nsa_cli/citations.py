@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 MIN_WORDS = 3  # fewer in quotation marks are a name or a word in doubt, not a quote
 QUOTE = re.compile(r'"([^"\n]+(?:\n[^"\n]+){0,3})"|“([^“”]+)”|«([^«»]+)»|^> ?(.+(?:\n> ?.+)*)', re.MULTILINE)
-REFERENCE = re.compile(r"(?<![\w./-])([\w./-]*[\w-]\.\w+):(\d{1,9})(?:-(\d{1,9}))?(?![\w:])")
+REFERENCE = re.compile(r"(?<![\w./:-])([\w./-]*[\w-]\.[A-Za-z]\w*):(\d{1,9})(?:-(\d{1,9}))?(?![\w:])")
 EDGES = " .,;:!?…\"'"
 # Spellings that differ between typesetters, not between texts.
 ALIKE = (("['’‘`]", "['’‘`]"), ('["“”„«»]', '["“”„«»]'), ("[-‐‑–—]+", "[-‐‑–—]+"))

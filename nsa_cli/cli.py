@@ -14,6 +14,7 @@ from nsa_models.errors import NSAError
 COMMANDS = {
     "ask": ("nsa_cli.commands.ask", "Answer a question about files, folders or piped text."),
     "summarize": ("nsa_cli.commands.summarize", "Summarize files, folders or piped text."),
+    "chat": ("nsa_cli.commands.chat", "Talk about files and folders, read once."),
     "run": ("nsa_cli.commands.run", "Run a recipe over files, folders or piped text."),
     "recipes": ("nsa_cli.commands.recipes", "List, show, check and begin recipes."),
     "plan": ("nsa_cli.commands.plan", "Show what a question would read: files, tokens, memory, time."),

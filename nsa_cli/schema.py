@@ -1,13 +1,13 @@
 """The JSON an answer must be: a JSON schema, or the short form `name, age int, bio: one sentence`."""
 
 import json
+import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from nsa_models.errors import CheckError, InputError
 
-MAX_BYTES = 1_000_000
+MAX_CHARS = 1_000_000
 TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
 FIELD = re.compile(
     r"(?P<name>[A-Za-z_][\w-]*)(?:\s+(?P<type>str|int|float|bool)(?P<many>\[\])?)?(?:\s*:\s*(?P<about>.*))?"
@@ -46,17 +46,16 @@ class Schema:
 
 def load_schema(file_or_text: str) -> Schema:
     """What `--schema` names: a file that holds a JSON schema, or else a schema in either form."""
-    path = Path(file_or_text)
+    if not os.path.isfile(file_or_text):
+        return parse_schema(file_or_text)
     try:
-        if not path.is_file():
-            return parse_schema(file_or_text)
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{path}: {path.stat().st_size:,} bytes are more than a schema may have, {MAX_BYTES:,}")
-        return parse_schema(_from_json(path.read_text("utf-8"), str(path)))
+        with open(file_or_text, encoding="utf-8") as file:
+            text = file.read(MAX_CHARS + 1)
     except (OSError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError) and not path.is_file():  # the text is too long for a path
-            return parse_schema(file_or_text)
-        raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+        raise InputError(f"{file_or_text}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+    if len(text) > MAX_CHARS:
+        raise InputError(f"{file_or_text}: more than a schema may have, {MAX_CHARS:,} characters")
+    return parse_schema(_from_json(text, file_or_text))
 
 
 def parse_schema(source: str | dict) -> Schema:

@@ -1,7 +1,7 @@
 """A context -> its summary; what is longer than the model reads is summarized in parts, and then their summaries."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nsa_cli.answer import Answer, Request, answer, combined, document_room, silent
@@ -13,16 +13,42 @@ from nsa_models.errors import BudgetError
 if TYPE_CHECKING:
     from nsa_cli.context import Context
 
-WHOLE = "Summarize the text above."
-JOIN = "The texts above summarize consecutive parts of one document. Write one summary of the whole document."
-FOCUS = " Concentrate on this: "
+WHOLE = "Summarize the text above"
+JOIN = "The texts above summarize consecutive parts of one document. Summarize the whole document"
+LENGTHS = {"short": "in one or two sentences", "medium": "in one paragraph", "long": "in several paragraphs"}
+STYLES = {
+    "bullets": "as a list of bullet points",
+    "plain": "in simple words that anyone understands",
+    "headline": "as a headline and one sentence below it",
+    "abstract": "as the abstract of a scientific paper",
+}
+TOKENS_A_WORD = 2  # at most, but for rare words
 LABEL = 32  # tokens that name a part in the text of all summaries, at most
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How a summary should be. length: one of LENGTHS or a number of words; style: one of STYLES."""
+
+    focus: str | None = None
+    length: str | int | None = None
+    style: str | None = None
+
+    def wording(self, instruction: str) -> str:
+        length = LENGTHS.get(self.length, f"in about {self.length} words") if self.length else None
+        ways = ", ".join(filter(None, (length, STYLES.get(self.style))))
+        focus = f" Concentrate on this: {self.focus}" if self.focus else ""
+        return f"{instruction}{' ' * bool(ways)}{ways}.{focus}"
+
+    def max_tokens(self) -> int:
+        """What a summary of this many words may take; 0 where no number is wished for."""
+        return self.length * TOKENS_A_WORD if isinstance(self.length, int) else 0
 
 
 def summarize(
     checkpoint: Checkpoint,
     context: "Context",
-    focus: str | None,
+    wish: Wish,
     request: Request,
     tell: Callable[[str], None],
     instruction: str = WHOLE,
@@ -32,7 +58,7 @@ def summarize(
     tell: gets the last pass's text as it comes. Interrupted before that pass, nothing is worth keeping: it raises
     KeyboardInterrupt. BudgetError if the parts' summaries cannot be much shorter than the parts.
     """
-    question = instruction + (FOCUS + focus if focus else "")
+    question = wish.wording(instruction)
     room = document_room(checkpoint, question, request)
     if len(context.ids) <= room:
         return answer(checkpoint, context, question, request, tell)
@@ -49,7 +75,7 @@ def summarize(
     if len(joined.ids) >= len(context.ids):
         raise BudgetError(f"{len(shards)} parts' summaries are no shorter than the text; lower --max-tokens")
     later = replace(request, use_store=False, evidence=0)  # summaries are asked about once, and are no place to look
-    whole = summarize(checkpoint, joined, focus, later, tell, JOIN)
+    whole = summarize(checkpoint, joined, wish, later, tell, JOIN)
     whole = combined(parts, whole, request.evidence)
     return replace(whole, shards=len(parts), citations=check_citations(whole.text, context))
 

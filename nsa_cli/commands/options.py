@@ -12,10 +12,20 @@ from nsa_cli.output import verbosity_options
 from nsa_cli.units import parse_quantity
 from nsa_models.sampling import Sampling
 
-__all__ = ["answer_options", "checkpoint_options", "json_option", "paths_or_stdin", "verbosity_options"]
+__all__ = [
+    "answer_options",
+    "checkpoint_options",
+    "json_option",
+    "paths_or_stdin",
+    "strict_option",
+    "verbosity_options",
+]
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+strict_option = click.option(
+    "--strict", is_flag=True, help="Fail (exit code 6) if a quote or a path:line in the answer is not in the text."
+)
 
 
 def paths_or_stdin(paths: Sequence[str]) -> tuple[str, ...]:
