@@ -7,13 +7,13 @@ import sys
 
 import click
 
-from nsa_cli.output import TRACEBACKS, Verbosity, verbosity, verbosity_options
-from nsa_models.errors import NSAError
+from nsa_cli.output import TRACEBACKS, Verbosity, describe, verbosity, verbosity_options
 
 # Name -> (module with a click command called `command`, one line of help). Modules load when their command runs.
 COMMANDS = {
     "ask": ("nsa_cli.commands.ask", "Answer a question about files, folders or piped text."),
     "summarize": ("nsa_cli.commands.summarize", "Summarize files, folders or piped text."),
+    "batch": ("nsa_cli.commands.batch", "Answer many questions: JSON lines in, JSON lines out."),
     "plan": ("nsa_cli.commands.plan", "Show what a question would read: files, tokens, memory, time."),
     "models": ("nsa_cli.commands.models", "Install, list and check checkpoints."),
     "convert": ("nsa_cli.commands.convert", "Make an NSA checkpoint from a dense one."),
@@ -108,19 +108,11 @@ def report(error: Exception) -> int:
         import traceback
 
         traceback.print_exception(error)
-    if isinstance(error, NSAError):
-        return _fail(str(error), error.exit_code)
-    if isinstance(error, click.ClickException):
-        context = getattr(error, "ctx", None)
-        hint = f"\nTry '{context.command_path} --help'." if context else ""
-        return _fail(error.format_message().rstrip("."), error.exit_code, hint)
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return _fail("out of memory; close other programs, or read less (nsa plan shows what a context needs)", 1)
-    if isinstance(error, OSError) and error.strerror:
-        return _fail(": ".join(filter(None, (error.filename and os.fsdecode(error.filename), error.strerror))), 1)
-    return _fail(f"unexpected {type(error).__name__}: {error}; -vv shows where", 1)
+    context = getattr(error, "ctx", None) if isinstance(error, click.UsageError) else None
+    message, code = describe(error)
+    return _fail(message, code, f"\nTry '{context.command_path} --help'." if context else "")
 
 
 def _fail(message: str, code: int, hint: str = "") -> int:
-    click.echo(f"nsa: {' '.join(message.split())}{hint}", err=True)
+    click.echo(f"nsa: {message}{hint}", err=True)
     return code

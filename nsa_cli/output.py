@@ -1,12 +1,16 @@
 """What goes where: the answer or the records on stdout; progress, warnings and timings on stderr. No colours."""
 
 import os
+import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from nsa_models.errors import NSAError
 
 if TYPE_CHECKING:
     from nsa_cli.documents import Skip
@@ -65,6 +69,44 @@ def say_skipped(skips: Sequence["Skip"]) -> None:
     if skips:
         more = f" and {len(skips) - len(shown)} more (-v names them)" if len(skips) > len(shown) else ""
         say(f"nsa: not read: {', '.join(f'{skip.path} ({skip.reason})' for skip in shown)}{more}")
+
+
+def describe(error: Exception) -> tuple[str, int]:
+    """What went wrong, in one line, and the exit code that says so."""
+    code = getattr(error, "exit_code", 1)
+    if isinstance(error, click.ClickException):
+        message = error.format_message().rstrip(".")
+    elif isinstance(error, NSAError):
+        message = str(error)
+    elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        message = "out of memory; close other programs, or read less (nsa plan shows what a context needs)"
+    elif isinstance(error, OSError) and error.strerror:
+        message = ": ".join(filter(None, (error.filename and os.fsdecode(error.filename), error.strerror)))
+    else:
+        message = f"unexpected {type(error).__name__}: {error}; -vv shows where"
+    return " ".join(message.split()), code
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write a file beside `path` and move it into place: `path` holds the old content or the new, never a part.
+
+    A link stays a link to the file that is replaced; what is no regular file (/dev/stdout) is written to.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            temporary.chmod(path.stat().st_mode & 0o777)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
