@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from nsa_cli.output import TRACEBACKS, Verbosity, describe, verbosity, verbosity_options
+from nsa_cli.output import QUIET, TRACEBACKS, Verbosity, describe, say, verbosity, verbosity_options
 
 # Name -> (module with a click command called `command`, one line of help). Modules load when their command runs.
 COMMANDS = {
@@ -110,9 +110,11 @@ def report(error: Exception) -> int:
         traceback.print_exception(error)
     context = getattr(error, "ctx", None) if isinstance(error, click.UsageError) else None
     message, code = describe(error)
-    return _fail(message, code, f"\nTry '{context.command_path} --help'." if context else "")
+    return _fail(message, code, f"Try '{context.command_path} --help'." if context else "")
 
 
 def _fail(message: str, code: int, hint: str = "") -> int:
-    click.echo(f"nsa: {message}{hint}", err=True)
+    say(f"nsa: {message}", QUIET, fg="red")
+    if hint:
+        say(hint, QUIET)
     return code

@@ -9,6 +9,7 @@ from nsa_cli.commands.options import (
     answer_options,
     checkpoint_options,
     json_option,
+    output_option,
     paths_or_stdin,
     verbosity_options,
 )
@@ -24,6 +25,7 @@ from nsa_cli.output import emit, say_skipped
 @answer_options
 @checkpoint_options
 @json_option
+@output_option
 @verbosity_options
 def command(arguments, read, request, checkpoint, as_json) -> None:
     """Answer QUESTION about the files and folders at PATH, or about text piped in (PATH `-`, or none).

@@ -8,11 +8,18 @@ import click
 
 from nsa_cli.answer import Request
 from nsa_cli.checkpoint import Checkpoint
-from nsa_cli.output import verbosity_options
+from nsa_cli.output import output_option, verbosity_options
 from nsa_cli.units import parse_quantity
 from nsa_models.sampling import Sampling
 
-__all__ = ["answer_options", "checkpoint_options", "json_option", "paths_or_stdin", "verbosity_options"]
+__all__ = [
+    "answer_options",
+    "checkpoint_options",
+    "json_option",
+    "output_option",
+    "paths_or_stdin",
+    "verbosity_options",
+]
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")

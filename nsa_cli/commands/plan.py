@@ -7,7 +7,7 @@ import click
 
 from nsa_cli.answer import SCHEMA_VERSION, Request, document_room
 from nsa_cli.checkpoint import Checkpoint
-from nsa_cli.commands.options import json_option, paths_or_stdin, verbosity_options
+from nsa_cli.commands.options import json_option, output_option, paths_or_stdin, verbosity_options
 from nsa_cli.context import Context, build_context, check_budget, parse_tokens
 from nsa_cli.documents import read_documents
 from nsa_cli.documents.options import document_options
@@ -40,6 +40,7 @@ class Cost:
 )
 @document_options
 @json_option
+@output_option
 @verbosity_options
 def command(paths, model, max_context, read, as_json) -> None:
     """Show what a question about the files and folders at PATH would read: tokens per file, memory, time.

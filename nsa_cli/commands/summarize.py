@@ -7,6 +7,7 @@ from nsa_cli.commands.options import (
     answer_options,
     checkpoint_options,
     json_option,
+    output_option,
     paths_or_stdin,
     verbosity_options,
 )
@@ -24,6 +25,7 @@ from nsa_cli.summarize import summarize
 @answer_options
 @checkpoint_options
 @json_option
+@output_option
 @verbosity_options
 def command(paths, focus, read, request, checkpoint, as_json) -> None:
     """Summarize the files and folders at PATH, or text piped in (PATH `-`, or none).
