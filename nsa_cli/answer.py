@@ -11,6 +11,7 @@ from nsa_cli.checkpoint import Checkpoint
 from nsa_cli.evidence import Evidence, find_evidence
 from nsa_cli.held import Held
 from nsa_cli.output import VERBOSE, emit, progress, say, warn
+from nsa_cli.runlog import log_answer
 from nsa_cli.settings import cache_dir
 from nsa_models.errors import BudgetError
 from nsa_models.sampling import Sampling
@@ -272,6 +273,7 @@ def show(reply: Answer, as_json: bool) -> None:
         say(timing_line(reply))
     if warning:
         warn(warning)
+    log_answer(reply.to_json())
     if reply.finish_reason == "interrupted":
         raise KeyboardInterrupt
 

@@ -13,6 +13,7 @@ from nsa_cli.commands.options import (
     paths_or_stdin,
     verbosity_options,
 )
+from nsa_cli.completion import complete_paths
 from nsa_cli.context import build_context
 from nsa_cli.documents import read_documents
 from nsa_cli.documents.options import document_options
@@ -20,7 +21,7 @@ from nsa_cli.output import emit, say_skipped
 
 
 @click.command("ask")
-@click.argument("arguments", nargs=-1, metavar="PATH... QUESTION")
+@click.argument("arguments", nargs=-1, metavar="PATH... QUESTION", shell_complete=complete_paths)
 @document_options
 @answer_options
 @checkpoint_options

@@ -10,6 +10,7 @@ import click
 
 from nsa_cli.batch import Settings, local_engine, run_batch
 from nsa_cli.commands.options import answer_options, checkpoint_options, verbosity_options
+from nsa_cli.completion import complete_paths
 from nsa_cli.documents.options import document_options
 from nsa_cli.jobs import parse_jobs
 from nsa_cli.records import RecordFile, RecordStream
@@ -17,7 +18,7 @@ from nsa_models.errors import InputError
 
 
 @click.command("batch")
-@click.argument("jobs", metavar="JOBS|-")
+@click.argument("jobs", metavar="JOBS|-", shell_complete=complete_paths)
 @click.option("--output", "-o", metavar="FILE", help="Write records here, and go on from those that are here already.")
 @click.option("--restart", is_flag=True, help="Keep nothing of the -o file; answer all jobs anew.")
 @click.option("--keep-going/--fail-fast", default=True, show_default=True, help="What to do when a job fails.")

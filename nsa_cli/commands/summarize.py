@@ -11,6 +11,7 @@ from nsa_cli.commands.options import (
     paths_or_stdin,
     verbosity_options,
 )
+from nsa_cli.completion import complete_paths
 from nsa_cli.context import build_context
 from nsa_cli.documents import read_documents
 from nsa_cli.documents.options import document_options
@@ -19,7 +20,7 @@ from nsa_cli.summarize import summarize
 
 
 @click.command("summarize")
-@click.argument("paths", nargs=-1, metavar="PATH...")
+@click.argument("paths", nargs=-1, metavar="PATH...", shell_complete=complete_paths)
 @click.option("--focus", metavar="TEXT", help="What the summary should concentrate on.")
 @document_options
 @answer_options
