@@ -1,23 +1,25 @@
-"""Context -> (stored cache | prefill) -> answer: the one line that ask and summarize share. Imports torch late."""
+"""Context -> (stored cache | prefill) -> answer: the one line that all commands that ask share. Imports torch late."""
 
 import json
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from nsa_cli.checkpoint import Checkpoint
+from nsa_cli.citations import Citation, check_citations, texts_in
 from nsa_cli.evidence import Evidence, find_evidence
 from nsa_cli.held import Held
 from nsa_cli.output import VERBOSE, emit, progress, say, warn
 from nsa_cli.runlog import log_answer
 from nsa_cli.settings import cache_dir
-from nsa_models.errors import BudgetError
+from nsa_models.errors import BudgetError, CheckError
 from nsa_models.sampling import Sampling
 
 if TYPE_CHECKING:
     from nsa_cli.context import Context
+    from nsa_cli.schema import Schema
     from nsa_models import Cache
     from nsa_models.tokenizer import Prompt
 
@@ -36,6 +38,11 @@ class Request:
     use_store: bool = True
     evidence: int = 5  # most places to name
     held: Held | None = None  # keeps what was read in memory, for the next question about it
+    schema: "Schema | None" = None  # the answer is JSON of this schema
+
+    def wording(self, question: str) -> str:
+        """The question as the model gets it."""
+        return f"{question}\n\n{self.schema.instruction()}" if self.schema else question
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,9 @@ class Timings:
 
 @dataclass(frozen=True)
 class Answer:
-    """What `--json` prints. finish_reason: stop (the model or a stop string ended it), length or interrupted."""
+    """What `--json` prints. finish_reason: stop (the model or a stop string ended it), length or interrupted.
+    data: the value that the text is, where there was a schema.
+    """
 
     text: str
     evidence: list[Evidence] = field(repr=False)
@@ -63,12 +72,16 @@ class Answer:
     model: str
     finish_reason: str
     shards: int = 1  # parts the document was read in
+    citations: Sequence[Citation] = field(default=(), repr=False)
+    data: object = None
 
     def to_json(self) -> dict:
         return {
             "schema_version": SCHEMA_VERSION,
             "answer": self.text,
+            **({"data": self.data} if self.data is not None else {}),
             "evidence": [e.to_json() for e in self.evidence],
+            "citations": [c.to_json() for c in self.citations],
             "usage": asdict(self.usage),
             "timings": {name: round(seconds, 3) for name, seconds in asdict(self.timings).items()},
             "model": self.model,
@@ -84,34 +97,77 @@ def answer(
     request: Request,
     tell: Callable[[str], None],
 ) -> Answer:
-    """Read the context, or find it read in the store, and answer the question. tell: gets the text as it comes.
+    """Read the context, or find it read in the store, and answer the question. tell: gets the text as it comes, or at
+    its end where it has a schema.
 
     What is stored ends at a block border before the question, and a stored context is entered at that same border: the
     model computes the same either way. Ctrl-C while generating keeps what was said; while reading, what was read.
-    Raises BudgetError if prompt and answer do not fit the model, --max-context or memory.
+    Raises BudgetError if prompt and answer do not fit the model, --max-context or memory, and CheckError if the answer
+    is not of the schema.
     """
-    around = checkpoint.tokenizer.prompt(question, request.system)
-    prompt = around.before + context.ids + around.after
-    capacity = len(prompt) + request.sampling.max_tokens
-    check_fit(checkpoint, context, question, request, capacity)
+    (reply,) = answers(checkpoint, context, [question], request, tell)
+    return reply
+
+
+def answers(
+    checkpoint: Checkpoint,
+    context: "Context",
+    questions: Sequence[str],
+    request: Request,
+    tell: Callable[[str], None],
+) -> Iterator[Answer]:
+    """The same for several questions: the context is read once, and every question enters where it ends."""
+    tokenizer = checkpoint.tokenizer
+    arounds = [tokenizer.prompt(request.wording(question), request.system) for question in questions]
+    document = arounds[0].before + context.ids
+    longest = max(range(len(arounds)), key=lambda i: len(arounds[i].after))
+    capacity = len(document) + len(arounds[longest].after) + request.sampling.max_tokens
+    check_fit(checkpoint, context, questions[longest], request, capacity)
 
     start = time.perf_counter()
     assert checkpoint.model is not None  # loaded here, for the clock
     loaded = time.perf_counter()
 
-    shared = (len(prompt) - len(around.after)) // STORED_BLOCK * STORED_BLOCK
-    cache, stored = read(checkpoint, prompt, shared, capacity, request)
-    logits, retrieval = read_question(checkpoint, prompt[cache.length :], around, cache)
-    prefilled = time.perf_counter()
+    shared = len(document) // STORED_BLOCK * STORED_BLOCK
+    cache, stored = read(checkpoint, document + arounds[0].after, shared, capacity, request)
+    for around in arounds:
+        cache.truncate(shared)
+        logits, retrieval = read_question(checkpoint, document[shared:] + around.after, around, cache)
+        prefilled = time.perf_counter()
+        text, tokens, reason = generate(checkpoint, cache, logits, request, silent if request.schema else tell)
+        data = _data(text, tokens, reason, request.schema, tell) if request.schema else None
+        yield Answer(
+            text,
+            find_evidence(retrieval, context, len(around.before), request.evidence),
+            Usage(len(document) + len(around.after), stored, tokens),
+            Timings(loaded - start, prefilled - loaded, time.perf_counter() - prefilled),
+            checkpoint.name,
+            reason,
+            citations=check_citations(text if data is None else texts_in(data), context),
+            data=data,
+        )
+        stored = shared
+        start = loaded = time.perf_counter()
 
-    text, tokens, finish_reason = generate(checkpoint, cache, logits, request, tell)
-    return Answer(
-        text,
-        find_evidence(retrieval, context, len(around.before), request.evidence),
-        Usage(len(prompt), stored, tokens),
-        Timings(loaded - start, prefilled - loaded, time.perf_counter() - prefilled),
-        checkpoint.name,
-        finish_reason,
+
+def _data(text: str, tokens: int, reason: str, schema: "Schema", tell: Callable[[str], None]) -> object:
+    """The value that the text is; nothing of it is told before it is known to be one."""
+    if reason == "interrupted":
+        raise KeyboardInterrupt
+    value = schema.value(text, tokens, cut=reason == "length")
+    tell(text)
+    return value
+
+
+def combined(parts: Sequence[Answer], last: Answer, limit: int) -> Answer:
+    """The last answer, with the evidence and citations of the parts it came from and what all of them cost."""
+    every = [*parts, last]
+    evidence = sorted((e for part in every for e in part.evidence), key=lambda e: -e.lift)
+    return replace(
+        last,
+        evidence=evidence[:limit],
+        usage=Usage(*map(sum, zip(*(astuple(a.usage) for a in every), strict=True))),
+        timings=Timings(*map(sum, zip(*(astuple(a.timings) for a in every), strict=True))),
     )
 
 
@@ -122,7 +178,7 @@ def silent(text: str) -> None:
 def document_room(checkpoint: Checkpoint, question: str, request: Request) -> int:
     """Document tokens that fit beside the question and the answer."""
     limit = min(checkpoint.config.max_position_embeddings, request.max_context or 1 << 62)
-    prompt = checkpoint.tokenizer.prompt(question, request.system)
+    prompt = checkpoint.tokenizer.prompt(request.wording(question), request.system)
     around = sum(map(len, prompt)) + request.sampling.max_tokens
     if around >= limit:
         raise BudgetError(
@@ -204,9 +260,12 @@ def read_question(checkpoint: Checkpoint, rest: Sequence[int], around: "Prompt",
 def generate(checkpoint, cache, logits, request: Request, tell: Callable) -> tuple[str, int, str]:
     """Decode to text, piece by piece. Returns the text, the tokens it took and the finish reason."""
     from nsa_models import decode
+    from nsa_models.constrain import Constraint
 
     tokenizer, most = checkpoint.tokenizer, request.sampling.max_tokens
     stream, stops = tokenizer.stream(), StopStrings(request.stop)
+    schema = request.schema
+    constraint = Constraint(tokenizer, checkpoint.config.vocab_size, schema.json) if schema else None
     pieces: list[str] = []
     tokens, interrupted = 0, False
 
@@ -217,7 +276,9 @@ def generate(checkpoint, cache, logits, request: Request, tell: Callable) -> tup
             tell(text)
 
     try:
-        for token in decode(checkpoint.model, cache, logits, request.sampling, eos_ids=tokenizer.eos_ids):
+        for token in decode(
+            checkpoint.model, cache, logits, request.sampling, eos_ids=tokenizer.eos_ids, constraint=constraint
+        ):
             tokens += 1
             out(stops.push(stream.push(token)))
             if stops.found:
@@ -258,8 +319,11 @@ class StopStrings:
         return text
 
 
-def show(reply: Answer, as_json: bool) -> None:
-    """End the answer on stdout and give evidence and timings on stderr; or print everything as JSON."""
+def show(reply: Answer, as_json: bool, strict: bool = False) -> None:
+    """End the answer on stdout and give evidence, citations and timings on stderr; or print everything as JSON.
+
+    strict: raises CheckError if the answer quotes, or refers to, what the text does not hold.
+    """
     if reply.finish_reason == "length":
         warning = f"the answer was cut at {reply.usage.completion_tokens:,} tokens; --max-tokens gives it more"
     else:
@@ -268,14 +332,17 @@ def show(reply: Answer, as_json: bool) -> None:
         emit(json.dumps(reply.to_json(), ensure_ascii=False) + "\n")
     else:
         emit("" if reply.text.endswith("\n") else "\n")
-        for place in reply.evidence:
-            say(str(place))
+        for line in (*reply.evidence, *reply.citations):
+            say(str(line))
         say(timing_line(reply))
     if warning:
         warn(warning)
     log_answer(reply.to_json())
     if reply.finish_reason == "interrupted":
         raise KeyboardInterrupt
+    missing = [citation for citation in reply.citations if not citation.found]
+    if strict and missing:
+        raise CheckError(f"{len(missing)} of {len(reply.citations)} citations are not in the text: {missing[0].text}")
 
 
 def timing_line(reply: Answer) -> str:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 from nsa_cli.answer import SCHEMA_VERSION, Answer, Request, answer, silent
 from nsa_cli.checkpoint import Checkpoint
-from nsa_cli.documents import Document, ReadOptions, read_documents
+from nsa_cli.documents import Document, ReadOptions, Skip, read_documents
 from nsa_cli.held import Held
 from nsa_cli.jobs import Job, groups
 from nsa_cli.output import describe, progress, say, say_skipped
+from nsa_cli.recipe import find_recipe, load_recipe
 from nsa_cli.records import RecordFile, RecordStream
+from nsa_cli.steps import run_recipe
 from nsa_models.errors import BatchError, InputError
 
 if TYPE_CHECKING:
@@ -28,11 +30,13 @@ class Settings:
     read: ReadOptions
     request: Request
     reproducible: bool = False
+    explicit: frozenset[str] = frozenset()  # options that were typed: in them a recipe does not decide
 
     def digest(self, job: Job, model: str) -> str:
         """12 hex digits of what an answer depends on: the job, these settings and the model (its fingerprint)."""
         about = [asdict(replace(job, line=0, id=None)), asdict(replace(self.request, held=None)), asdict(self.read)]
-        text = json.dumps([*about, self.reproducible, model], sort_keys=True)
+        about += [self.reproducible, sorted(self.explicit), model, recipe_text(job.recipe) if job.recipe else ""]
+        text = json.dumps(about, sort_keys=True)
         return sha256(text.encode()).hexdigest()[:12]
 
 
@@ -47,43 +51,59 @@ class Worker:
 
     def record(self, job: Job) -> dict:
         """The job's line of the output; what went wrong is in it."""
+        result: dict = {"schema_version": SCHEMA_VERSION}
         try:
-            result = self.answer(job).to_json()
+            reply = self.answer(job)
+            result = reply.to_json()
             if self.settings.reproducible:
                 del result["timings"], result["usage"]["cached_tokens"]
+            if job.recipe:
+                reply.require()
         except Exception as error:
             message, code = describe(error)
-            result = {"schema_version": SCHEMA_VERSION, "error": {"message": message, "exit_code": code}}
+            result["error"] = {"message": message, "exit_code": code}
         return {"id": job.id, **result, "job": self.settings.digest(job, self.checkpoint.model.fingerprint)}
 
     def answer(self, job: Job) -> Answer:
         if job.problem:
             raise InputError(job.problem)
         if job.recipe:
-            raise InputError("recipes do not run in a batch yet")
-        reply = answer(self.checkpoint, self.read(job), job.question, self.request, silent)
+            recipe = load_recipe(job.recipe).bind(job.params)
+            context = self.read(job, recipe.read_options(self.settings.read))
+            reply = run_recipe(self.checkpoint, recipe, context, self.request, silent, self.settings.explicit)
+        else:
+            reply = answer(self.checkpoint, self.read(job, self.settings.read), job.question, self.request, silent)
         if reply.finish_reason == "interrupted":
             raise KeyboardInterrupt
         return reply
 
-    def read(self, job: Job) -> "Context":
+    def read(self, job: Job, options: ReadOptions) -> "Context":
         """The job's document, if it is not that of the job before."""
         from nsa_cli.context import build_context
 
-        if self.document != job.document:
+        if self.document != (job.document, options):
             self.document = self.context = None
             self.request.held.drop()
-            documents, skips = self.documents(job)
+            documents, skips = documents_of(job, options)
             self.context = build_context(documents, self.checkpoint.tokenizer, skips)
-            self.document = job.document
+            self.document = job.document, options
         return self.context
 
-    def documents(self, job: Job):
-        if job.text is not None:
-            return [Document(TEXT, job.text)], []
-        documents, skips = read_documents(job.paths, self.settings.read)
-        say_skipped(skips)
-        return documents, skips
+
+def documents_of(job: Job, options: ReadOptions) -> tuple[list[Document], list[Skip]]:
+    if job.text is not None:
+        return [Document(TEXT, job.text)], []
+    documents, skips = read_documents(job.paths, options)
+    say_skipped(skips)
+    return documents, skips
+
+
+def recipe_text(name: str) -> str:
+    """What the recipe says, "" if there is none of that name."""
+    try:
+        return find_recipe(name).read_text("utf-8", errors="replace")
+    except (InputError, OSError):
+        return ""
 
 
 Engine = Callable[[Sequence[Sequence[Job]]], Iterator[tuple[Job, dict]]]

@@ -18,6 +18,8 @@ COMMANDS = {
     "ask": ("nsa_cli.commands.ask", "Answer a question about files, folders or piped text."),
     "summarize": ("nsa_cli.commands.summarize", "Summarize files, folders or piped text."),
     "batch": ("nsa_cli.commands.batch", "Answer many questions: JSON lines in, JSON lines out."),
+    "run": ("nsa_cli.commands.run", "Run a recipe over files, folders or piped text."),
+    "recipes": ("nsa_cli.commands.recipes", "List, show, check and begin recipes."),
     "plan": ("nsa_cli.commands.plan", "Show what a question would read: files, tokens, memory, time."),
     "models": ("nsa_cli.commands.models", "Install, list and check checkpoints."),
     "convert": ("nsa_cli.commands.convert", "Make an NSA checkpoint from a dense one."),

@@ -23,3 +23,11 @@ def complete_stored(context: click.Context, parameter: click.Parameter, incomple
 
     entries = (entry for entry in Store(cache_dir()).entries() if entry.id.startswith(incomplete))
     return [CompletionItem(entry.id[:12], help=f"{entry.tokens:,} tokens, {entry.model}") for entry in entries]
+
+
+def complete_recipes(context: click.Context, parameter: object, incomplete: str) -> list[CompletionItem]:
+    """Recipes by name; files where none begins so."""
+    from nsa_cli.recipe import recipe_paths
+
+    found = [CompletionItem(name) for name in recipe_paths() if name.startswith(incomplete)]
+    return found or [CompletionItem(incomplete, type="file")]

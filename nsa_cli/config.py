@@ -21,10 +21,14 @@ import click
 from nsa_cli.settings import config_dir
 from nsa_models.errors import InputError
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+OPTIONS_OF = {"run": "ask"}  # every recipe is a command with these options
+
+
+class ForEach(dict):
+    """The same defaults for every command of a group."""
+
+    def get(self, key: str, default: object = None) -> "ForEach":
+        return self
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,13 @@ class Config:
     def default_map(self, root: click.Group) -> dict:
         """The same as click takes it."""
         defaults: dict = {}
-        for key, setting in settable(root).items():
+        for key, setting in settable(root).items() if self.general or self.sections else ():
             for command in setting.commands:
                 value = self.sections.get(command, {}).get(key, self.general.get(key))
                 if value is not None:
-                    target = defaults.setdefault(command, {}) if command else defaults
-                    target[setting.option.name] = value
-        return defaults
+                    of = defaults.setdefault(command, ForEach() if command in OPTIONS_OF else {})
+                    of[setting.option.name] = value
+        return defaults | defaults.pop("", {})
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,11 @@ def config_path() -> Path:
 
 def read_config(root: click.Group) -> Config:
     """The user's file, checked; an empty one if there is none. Raises InputError in one line."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
     path = config_path()
     try:
         data = tomllib.loads(path.read_text("utf-8"))
@@ -86,7 +95,8 @@ def settable(root: click.Group) -> dict[str, Settable]:
     commands = [("", root), *((name, root.get_command(context, name)) for name in root.list_commands(context))]
     found: dict[str, Settable] = {}
     for name, command in commands:
-        for option in command.params:
+        named = root.get_command(context, OPTIONS_OF[name]) if name in OPTIONS_OF else command
+        for option in named.params:
             if isinstance(option, click.Option) and option.envvar:
                 key = max(option.opts, key=len).removeprefix("--")
                 found.setdefault(key, Settable(option, [])).commands.append(name)

@@ -1,11 +1,12 @@
 """A context -> its summary; what is longer than the model reads is summarized in parts, and then their summaries."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from nsa_cli.answer import Answer, Request, Timings, Usage, answer, document_room, silent
+from nsa_cli.answer import Answer, Request, answer, combined, document_room, silent
 from nsa_cli.checkpoint import Checkpoint
+from nsa_cli.citations import check_citations
 from nsa_cli.output import say, warn
 from nsa_models.errors import BudgetError
 
@@ -49,7 +50,8 @@ def summarize(
         raise BudgetError(f"{len(shards)} parts' summaries are no shorter than the text; lower --max-tokens")
     later = replace(request, use_store=False, evidence=0)  # summaries are asked about once, and are no place to look
     whole = summarize(checkpoint, joined, focus, later, tell, JOIN)
-    return _combined(parts, whole, request.evidence)
+    whole = combined(parts, whole, request.evidence)
+    return replace(whole, shards=len(parts), citations=check_citations(whole.text, context))
 
 
 def _part(checkpoint, shard: "Context", question: str, request: Request, number: int, of: int) -> Answer:
@@ -68,16 +70,3 @@ def _join(checkpoint: Checkpoint, parts: Sequence[Answer]) -> "Context":
 
     documents = [Document(f"part {i:0{len(str(len(parts)))}}", part.text) for i, part in enumerate(parts, 1)]
     return build_context(documents, checkpoint.tokenizer)
-
-
-def _combined(parts: Sequence[Answer], whole: Answer, limit: int) -> Answer:
-    """The last answer, with the evidence of the first reading and what everything together cost."""
-    every = [*parts, whole]
-    evidence = sorted((e for part in parts for e in part.evidence), key=lambda e: -e.lift)
-    return replace(
-        whole,
-        evidence=evidence[:limit],
-        usage=Usage(*map(sum, zip(*(astuple(a.usage) for a in every), strict=True))),
-        timings=Timings(*map(sum, zip(*(astuple(a.timings) for a in every), strict=True))),
-        shards=len(parts),
-    )

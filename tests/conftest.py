@@ -143,6 +143,7 @@ def nsa(tiny_checkpoint: Path, tmp_path: Path, monkeypatch, capsys) -> Callable[
 
     monkeypatch.setenv("NSA_MODEL", str(tiny_checkpoint))
     monkeypatch.setenv("NSA_CACHE_DIR", str(tmp_path / "store"))
+    monkeypatch.setenv("NSA_CONFIG_DIR", str(tmp_path / "config"))
 
     def call(*args: object, stdin: str | bytes = "") -> Run:
         data = stdin.encode() if isinstance(stdin, str) else stdin

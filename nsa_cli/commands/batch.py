@@ -10,6 +10,7 @@ import click
 
 from nsa_cli.batch import Settings, local_engine, run_batch
 from nsa_cli.commands.options import answer_options, checkpoint_options, verbosity_options
+from nsa_cli.commands.run import explicit
 from nsa_cli.completion import complete_paths
 from nsa_cli.documents.options import document_options
 from nsa_cli.jobs import parse_jobs
@@ -30,9 +31,11 @@ from nsa_models.errors import InputError
 def command(jobs, output, restart, keep_going, reproducible, read, request, checkpoint) -> None:
     """Answer the JOBS of a file, or of standard input (`-`): one JSON object a line in, one a line out.
 
-    A job is {"id", "paths": [...] or "text", "question"}. Its record is what `nsa ask --json` prints, with the id, or
-    {"id", "error"}. Records come in the order of the jobs. Jobs about the same document are answered together, so that
-    it is read once; with -o each record is in the file as soon as it ends, and in its place when all have.
+    A job is {"id", "paths": [...] or "text", "question" or "recipe" with "params"}. Its record is what `nsa ask --json`
+    or `nsa run --json` prints, with the id; where that failed, "error" says why.
+
+    Records come in the order of the jobs. Jobs about the same document are answered together, so that it is read
+    once; with -o each record is in the file as soon as it ends, and in its place when all have.
 
     The same command goes on after a run that was stopped or killed: answers in the -o file are kept, errors are tried
     again. Exit code 7 if some jobs failed.
@@ -43,7 +46,7 @@ def command(jobs, output, restart, keep_going, reproducible, read, request, chec
       jq -c '{id: .n, paths: ["src"], question: .q}' questions.jsonl | nsa batch - | jq -r .answer
     """
     listed = parse_jobs(read_jobs(jobs, output))
-    settings = Settings(read, request, reproducible)
+    settings = Settings(read, request, reproducible, frozenset(explicit()))
     digests = {job.key: settings.digest(job, checkpoint.model.fingerprint) for job in listed}
     with open_records(output, digests, restart) as records:
         run_batch(listed, local_engine(checkpoint, settings), records, keep_going)

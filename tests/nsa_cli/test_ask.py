@@ -65,7 +65,7 @@ def test_json_is_one_object_of_the_documented_shape(nsa, docs, tiny_checkpoint):
     run = nsa("ask", docs, QUESTION, *SHORT, "--json", "--evidence", 3)
     reply = answer_of(run)
     assert run.out.count("\n") == 1 and "lift" not in run.err
-    assert ",".join(reply) == "schema_version,answer,evidence,usage,timings,model,finish_reason,shards"
+    assert ",".join(reply) == "schema_version,answer,evidence,citations,usage,timings,model,finish_reason,shards"
     assert reply["schema_version"] == 1 and reply["shards"] == 1
     assert (reply["model"], reply["finish_reason"]) == (tiny_checkpoint.name, "length")
     assert list(reply["usage"]) == ["prompt_tokens", "cached_tokens", "completion_tokens"]

@@ -122,6 +122,47 @@ def message(record: dict) -> str:
     return record["error"]["message"]
 
 
+RECIPE = """
+name: count
+description: Count.
+params: {what: {type: string, required: true, help: What to count.}}
+sources: {exclude: ["1.txt"]}
+generate: {max_tokens: 6}
+steps: [{id: all, prompt: "How many {{ what }}?"}]
+expect: {max_words: MOST}
+"""
+
+
+def test_recipes_run_as_nsa_run_does(nsa, docs):
+    Path("in").mkdir()
+    for name in ("0.txt", "1.txt"):
+        Path(name).rename(f"in/{name}")
+    Path("count.yaml").write_text(RECIPE.replace("MOST", "99"))
+    jobs = [
+        {"id": "a", "paths": ["in"], "recipe": "./count.yaml", "params": {"what": "dogs"}},
+        {"id": "b", "paths": ["in"], "recipe": "./count.yaml", "params": {"whom": "dogs"}},
+        {"id": "c", "paths": ["in"], "recipe": "no-such-recipe"},
+        {"id": "d", "paths": ["in"], "question": "How many dogs?"},
+    ]
+    Path("jobs.jsonl").write_text(lines_of(*jobs))
+    arguments = ("batch", "jobs.jsonl", "-o", "out", "--reproducible")
+    run = nsa(*arguments)
+    ran, unknown, missing, asked = records_of(Path("out").read_text())
+    alone = json.loads(nsa("run", "./count.yaml", "in", "--what", "dogs", "--json").out)
+    assert {key: ran[key] for key in ("answer", "recipe", "parts", "evidence")} == {
+        key: alone[key] for key in ("answer", "recipe", "parts", "evidence")
+    }
+    assert run.code == 7 and "'whom'" in message(unknown) and "no recipe 'no-such-recipe'" in message(missing)
+    assert asked["usage"]["completion_tokens"] > ran["usage"]["completion_tokens"] == 6
+    Path("count.yaml").write_text(RECIPE.replace("MOST", "0"))
+    run = nsa(*arguments)
+    assert run.code == 3 and "another version of job" in run.err
+    run = nsa(*arguments, "--restart", "--max-tokens", 7)
+    ran = records_of(Path("out").read_text())[0]
+    assert "at most 0 expected" in message(ran) and ran["error"]["exit_code"] == 6
+    assert ran["answer"] and ran["usage"]["completion_tokens"] == 7  # a flag outranks the recipe
+
+
 def test_fail_fast_stops_at_the_first_error(nsa, docs):
     jobs = jobs_about(2, 4)
     jobs[1]["paths"] = ["gone.txt"]

@@ -1,11 +1,12 @@
 """Settings: a file, the environment, flags, the later going before; and what is wrong with a file, in one line."""
 
 import json
+import sys
 
 import pytest
 
 from nsa_cli.cli import cli
-from nsa_cli.config import config_path, read_config, settable, tomllib
+from nsa_cli.config import config_path, read_config, settable
 
 
 @pytest.fixture
@@ -42,12 +43,13 @@ def test_show_says_what_holds_and_where_it_is_from(nsa, write, monkeypatch):
     monkeypatch.setenv("NSA_TOP_P", "0.9")
     run = nsa("config", "show", "--origin")
     assert run.code == 0
+    toml = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
     lines = run.out.splitlines()
     assert f"max-tokens = 5  # {config_path()}" in lines
     assert f"summarize.max-tokens = 900  # {config_path()}" in lines
     assert 'top-p = "0.9"  # NSA_TOP_P' in lines
     assert "seed = 0  # default" in lines and "# device =  # default" in lines
-    shown = tomllib.loads(nsa("config", "show").out)
+    shown = toml.loads(nsa("config", "show").out)
     assert shown["system"] == 'Say "no".' and shown["summarize"] == {"max-tokens": 900}
     records = [json.loads(line) for line in nsa("config", "show", "--json").out.splitlines()]
     assert {"schema_version": 1, "key": "max-tokens", "value": 5, "origin": str(config_path())} in records
@@ -95,6 +97,13 @@ def test_nothing_that_is_read_can_set_anything(nsa, tmp_path, monkeypatch):
     monkeypatch.chdir(project)
     assert tokens(nsa("ask", "a.txt", "who?", "--json", "--max-tokens", 4)) == 4
     assert tokens(nsa("ask", "a.txt", "who?", "--json")) > 4
+
+
+def test_recipes_follow_it_too(nsa, tmp_path, write):
+    (tmp_path / "a.txt").write_text("the quick fox\n")
+    (tmp_path / "r.yaml").write_text("name: r\ndescription: R.\nsteps: [{id: all, prompt: What?}]\n")
+    write("max-tokens = 3\n[run]\nevidence = 0\n")
+    assert tokens(nsa("run", tmp_path / "r.yaml", tmp_path / "a.txt", "--json")) == 3
 
 
 def test_every_setting_is_named_as_its_option_and_variable_are():
