@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from nsa_cli.checkpoint import Checkpoint
 from nsa_cli.citations import Citation, check_citations, texts_in
 from nsa_cli.evidence import Evidence, find_evidence
+from nsa_cli.held import Held
 from nsa_cli.output import VERBOSE, emit, progress, say, warn
+from nsa_cli.runlog import log_answer
 from nsa_cli.settings import cache_dir
 from nsa_models.errors import BudgetError, CheckError
 from nsa_models.sampling import Sampling
@@ -35,6 +37,7 @@ class Request:
     max_context: int | None = None  # most tokens of prompt and answer; None = what the model was made for
     use_store: bool = True
     evidence: int = 5  # most places to name
+    held: Held | None = None  # keeps what was read in memory, for the next question about it
     schema: "Schema | None" = None  # the answer is JSON of this schema
 
     def wording(self, question: str) -> str:
@@ -234,7 +237,7 @@ def check_fit(checkpoint: Checkpoint, context: "Context", question: str, request
 
     check_budget(len(context.ids), document_room(checkpoint, question, request), context.files)
     weights = 0 if checkpoint.loaded else weights_bytes(checkpoint.directory)
-    available = psutil.virtual_memory().available
+    available = psutil.virtual_memory().available + (request.held.nbytes if request.held else 0)
     needed = estimate_memory(checkpoint.config, capacity, weights)
     if needed > available:
         fits = bisect_right(range(capacity), available, key=lambda n: estimate_memory(checkpoint.config, n, weights))
@@ -247,11 +250,18 @@ def check_fit(checkpoint: Checkpoint, context: "Context", question: str, request
 def read(
     checkpoint: Checkpoint, prompt: Sequence[int], shared: int, capacity: int, request: Request
 ) -> tuple["Cache", int]:
-    """A cache of `capacity` tokens holding at least the prompt's first `shared`, and how many came from the store."""
+    """A cache of `capacity` tokens holding at least the prompt's first `shared`, and how many of them were read before:
+    held in memory, or stored.
+    """
     from nsa_cli.store import Store
     from nsa_models import Cache, prefill
 
-    model, digest = checkpoint.model, checkpoint.tokenizer.digest
+    model, digest, held = checkpoint.model, checkpoint.tokenizer.digest, request.held
+    cache = held.take(prompt[:shared], capacity, model) if held else None
+    if cache:
+        return cache, shared
+    if held:
+        held.drop()  # before there is another of its size
     store = Store(cache_dir()) if request.use_store and shared else None
     found = store.open(model, digest, prompt[: shared + 1], capacity) if store else None
     if found and found.note:
@@ -266,6 +276,8 @@ def read(
             refusal = store and store.save(model, digest, prompt[:shared], cache, checkpoint.name)
             if refusal:
                 warn(f"this context is not stored: {refusal}")
+    if held:
+        held.keep(prompt[:shared], cache)
     return cache, stored
 
 
@@ -365,6 +377,7 @@ def show(reply: Answer, as_json: bool, **about: str) -> None:
         say(timing_line(reply))
     if warning:
         warn(warning)
+    log_answer(reply.to_json())
     if reply.finish_reason == "interrupted":
         raise KeyboardInterrupt
 

@@ -77,7 +77,9 @@ def run_recipe(
         asked = _request(recipe, step, request, explicit)
         if step.inputs:
             text = _join(checkpoint, [part for name in step.inputs for part in answered[name]])
-            asked = replace(asked, use_store=False, evidence=0)  # answers are read once, and are no place to look
+            asked = replace(
+                asked, use_store=False, held=None, evidence=0
+            )  # answers are read once, and are no place to look
         else:
             text = sources
         answered[step.id] = _ask_parts(checkpoint, step, text, asked, told)

@@ -1,6 +1,7 @@
 """What the tests share: a tiny checkpoint with a tokenizer, and `nsa` run inside this process."""
 
 import io
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -23,6 +24,13 @@ class Run(NamedTuple):
     code: int
     out: str
     err: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_settings(tmp_path_factory) -> None:
+    """The tests do not see what the user has set."""
+    os.environ["NSA_CONFIG_DIR"] = str(tmp_path_factory.mktemp("config"))
+    os.environ.pop("NSA_LOG", None)
 
 
 @pytest.fixture(scope="session")

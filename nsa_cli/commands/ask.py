@@ -11,10 +11,12 @@ from nsa_cli.commands.options import (
     answer_options,
     checkpoint_options,
     json_option,
+    output_option,
     paths_or_stdin,
     strict_option,
     verbosity_options,
 )
+from nsa_cli.completion import complete_paths
 from nsa_cli.context import build_context
 from nsa_cli.documents import read_documents
 from nsa_cli.documents.options import document_options
@@ -23,7 +25,7 @@ from nsa_models.errors import InputError
 
 
 @click.command("ask")
-@click.argument("arguments", nargs=-1, metavar="PATH... QUESTION")
+@click.argument("arguments", nargs=-1, metavar="PATH... QUESTION", shell_complete=complete_paths)
 @click.option(
     "--question", "asked", metavar="TEXT", multiple=True, help="A question, in place of the last argument; repeatable."
 )
@@ -36,6 +38,7 @@ from nsa_models.errors import InputError
 @answer_options
 @checkpoint_options
 @json_option
+@output_option
 @verbosity_options
 def command(arguments, asked, questions, schema, strict, read, request, checkpoint, as_json) -> None:
     """Answer QUESTION about the files and folders at PATH, or about text piped in (PATH `-`, or none).

@@ -8,7 +8,8 @@ import click
 
 from nsa_cli.answer import Request
 from nsa_cli.checkpoint import Checkpoint
-from nsa_cli.output import verbosity_options
+from nsa_cli.completion import complete_models
+from nsa_cli.output import output_option, verbosity_options
 from nsa_cli.units import parse_quantity
 from nsa_models.sampling import Sampling
 
@@ -16,6 +17,7 @@ __all__ = [
     "answer_options",
     "checkpoint_options",
     "json_option",
+    "output_option",
     "paths_or_stdin",
     "strict_option",
     "verbosity_options",
@@ -44,7 +46,13 @@ def checkpoint_options(command):
 
     return _add(
         with_checkpoint,
-        _option("--model", "-m", metavar="NAME|PATH", help="Installed model or checkpoint directory."),
+        _option(
+            "--model",
+            "-m",
+            metavar="NAME|PATH",
+            shell_complete=complete_models,
+            help="Installed model or checkpoint directory.",
+        ),
         _option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: a GPU if there is one."),
         _option("--threads", type=click.IntRange(1), help="CPU threads. Default: one per core."),
     )

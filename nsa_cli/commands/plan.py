@@ -7,7 +7,8 @@ import click
 
 from nsa_cli.answer import SCHEMA_VERSION, Request, document_room
 from nsa_cli.checkpoint import Checkpoint
-from nsa_cli.commands.options import json_option, paths_or_stdin, verbosity_options
+from nsa_cli.commands.options import json_option, output_option, paths_or_stdin, verbosity_options
+from nsa_cli.completion import complete_models, complete_paths
 from nsa_cli.context import Context, build_context, check_budget, parse_tokens
 from nsa_cli.documents import read_documents
 from nsa_cli.documents.options import document_options
@@ -28,8 +29,16 @@ class Cost:
 
 
 @click.command("plan")
-@click.argument("paths", nargs=-1, metavar="PATH...")
-@click.option("--model", "-m", metavar="NAME|PATH", envvar="NSA_MODEL", show_envvar=True, help="Whose tokens to count.")
+@click.argument("paths", nargs=-1, metavar="PATH...", shell_complete=complete_paths)
+@click.option(
+    "--model",
+    "-m",
+    metavar="NAME|PATH",
+    envvar="NSA_MODEL",
+    show_envvar=True,
+    shell_complete=complete_models,
+    help="Whose tokens to count.",
+)
 @click.option(
     "--max-context",
     type=parse_tokens,
@@ -40,6 +49,7 @@ class Cost:
 )
 @document_options
 @json_option
+@output_option
 @verbosity_options
 def command(paths, model, max_context, read, as_json) -> None:
     """Show what a question about the files and folders at PATH would read: tokens per file, memory, time.

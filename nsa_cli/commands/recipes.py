@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from nsa_cli.commands.run import describe, problems_of
+from nsa_cli.completion import complete_recipes
 from nsa_cli.recipe import builtin_dir, find_recipe, recipe_paths, user_dir
 from nsa_cli.recipe_keys import NAME, json_schema
 from nsa_models.errors import CheckError, InputError
@@ -81,7 +82,7 @@ def list_(as_json: bool) -> None:
 
 
 @command.command(short_help="Print a recipe.")
-@click.argument("name", metavar="RECIPE")
+@click.argument("name", metavar="RECIPE", shell_complete=complete_recipes)
 def show(name: str) -> None:
     """Print RECIPE's file, comments and all.
 
@@ -92,7 +93,7 @@ def show(name: str) -> None:
 
 
 @command.command(short_help="Check recipes.")
-@click.argument("names", metavar="RECIPE...", nargs=-1)
+@click.argument("names", metavar="RECIPE...", nargs=-1, shell_complete=complete_recipes)
 def validate(names: tuple[str, ...]) -> None:
     """Check recipes by name or file, by default all of your own; every problem with its line. Exit code 6 if any.
 
@@ -115,7 +116,9 @@ def validate(names: tuple[str, ...]) -> None:
 
 @command.command(short_help="Begin a recipe of your own.")
 @click.argument("name")
-@click.option("--from", "source", metavar="RECIPE", help="Start from a copy of this one.")
+@click.option(
+    "--from", "source", metavar="RECIPE", shell_complete=complete_recipes, help="Start from a copy of this one."
+)
 def new(name: str, source: str | None) -> None:
     """Write a commented recipe called NAME into your folder, to be edited.
 
@@ -149,7 +152,7 @@ def schema() -> None:
 
 
 @command.command(short_help="Print where recipes are.")
-@click.argument("name", metavar="[RECIPE]", required=False)
+@click.argument("name", metavar="[RECIPE]", required=False, shell_complete=complete_recipes)
 def path(name: str | None) -> None:
     """Print the folder of your recipes, or where RECIPE is.
 

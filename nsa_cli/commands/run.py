@@ -2,15 +2,18 @@
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from nsa_cli.answer import show, silent
 from nsa_cli.commands.options import (
     answer_options,
     checkpoint_options,
     json_option,
+    output_option,
     paths_or_stdin,
     verbosity_options,
 )
+from nsa_cli.completion import complete_paths, complete_recipes
 from nsa_cli.documents.options import document_options
 from nsa_cli.output import emit, say_skipped
 from nsa_cli.recipe import Param, Recipe, load_recipe, read_recipe, recipe_paths
@@ -28,6 +31,10 @@ class RecipeGroup(click.Group):
 
     def get_command(self, context: click.Context, name: str) -> click.Command:
         return recipe_command(load_recipe(name))
+
+    def shell_complete(self, context: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Names alone: a recipe that cannot be used is still a name."""
+        return complete_recipes(context, None, incomplete)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Recipes"):
@@ -67,6 +74,7 @@ def recipe_command(recipe: Recipe) -> click.Command:
     @answer_options
     @checkpoint_options
     @json_option
+    @output_option
     @verbosity_options
     def run(paths, read, request, checkpoint, as_json, **given) -> None:
         from nsa_cli.context import build_context
@@ -88,7 +96,11 @@ def recipe_command(recipe: Recipe) -> click.Command:
     for param, made_option in zip(recipe.params, options, strict=True):
         if taken & {*made_option.opts, *made_option.secondary_opts}:
             raise InputError(f"{recipe.path}: parameter {param.name} is an option of nsa run already; rename it")
-    made.params = [click.Argument(["paths"], nargs=-1, metavar="PATH..."), *options, *made.params]
+    made.params = [
+        click.Argument(["paths"], nargs=-1, metavar="PATH...", shell_complete=complete_paths),
+        *options,
+        *made.params,
+    ]
     return made
 
 

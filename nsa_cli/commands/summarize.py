@@ -10,10 +10,12 @@ from nsa_cli.commands.options import (
     answer_options,
     checkpoint_options,
     json_option,
+    output_option,
     paths_or_stdin,
     strict_option,
     verbosity_options,
 )
+from nsa_cli.completion import complete_paths
 from nsa_cli.context import build_context
 from nsa_cli.documents import read_documents
 from nsa_cli.documents.options import document_options
@@ -35,7 +37,7 @@ class Length(click.ParamType):
 
 
 @click.command("summarize")
-@click.argument("paths", nargs=-1, metavar="PATH...")
+@click.argument("paths", nargs=-1, metavar="PATH...", shell_complete=complete_paths)
 @click.option("--focus", metavar="TEXT", help="What the summary should concentrate on.")
 @click.option("--length", type=Length(), metavar="LENGTH|WORDS", help="short, medium, long, or a number of words.")
 @click.option("--style", type=click.Choice(list(STYLES)), help="How it is written.")
@@ -45,6 +47,7 @@ class Length(click.ParamType):
 @answer_options
 @checkpoint_options
 @json_option
+@output_option
 @verbosity_options
 def command(paths, focus, length, style, per, strict, read, request, checkpoint, as_json) -> None:
     """Summarize the files and folders at PATH, or text piped in (PATH `-`, or none).
