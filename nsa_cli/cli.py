@@ -15,6 +15,7 @@ COMMANDS = {
     "ask": ("nsa_cli.commands.ask", "Answer a question about files, folders or piped text."),
     "summarize": ("nsa_cli.commands.summarize", "Summarize files, folders or piped text."),
     "plan": ("nsa_cli.commands.plan", "Show what a question would read: files, tokens, memory, time."),
+    "pack": ("nsa_cli.commands.pack", "Write files and folders as one text, without running a model."),
     "models": ("nsa_cli.commands.models", "Install, list and check checkpoints."),
     "convert": ("nsa_cli.commands.convert", "Make an NSA checkpoint from a dense one."),
     "cache": ("nsa_cli.commands.cache", "List and remove stored contexts."),

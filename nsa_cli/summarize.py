@@ -25,8 +25,10 @@ def summarize(
     request: Request,
     tell: Callable[[str], None],
     instruction: str = WHOLE,
+    join: str = JOIN,
 ) -> Answer:
     """Summarize in one pass where that fits, else part by part and then the parts' summaries, as often as needed.
+    instruction: what is asked about a text or a part of it. join: what is asked about the replies to that.
 
     tell: gets the last pass's text as it comes. Interrupted before that pass, nothing is worth keeping: it raises
     KeyboardInterrupt. BudgetError if the parts' summaries cannot be much shorter than the parts.
@@ -48,7 +50,7 @@ def summarize(
     if len(joined.ids) >= len(context.ids):
         raise BudgetError(f"{len(shards)} parts' summaries are no shorter than the text; lower --max-tokens")
     later = replace(request, use_store=False, evidence=0)  # summaries are asked about once, and are no place to look
-    whole = summarize(checkpoint, joined, focus, later, tell, JOIN)
+    whole = summarize(checkpoint, joined, focus, later, tell, join, join)
     return _combined(parts, whole, request.evidence)
 
 

@@ -96,7 +96,7 @@ def test_document_options_reach_the_reader(nsa, tree, monkeypatch) -> None:
     (tree / ".gitignore").write_text("ignored\n")
     for name in ("ignored", ".hidden", "yarn.lock"):
         (tree / name).write_text("x")
-    (tree / "large").write_text("x" * 3000)
+    (tree / "large").write_text("some text\n" * 300)
 
     def files(*options: str) -> list[str]:
         return [file["path"] for file in json.loads(nsa("plan", tree, "--json", *options).out)["files"]]
