@@ -15,6 +15,15 @@ CELLS = frozenset(("td", "th"))
 HEADINGS = {f"h{level}": level for level in range(1, 7)}
 SNIFF = re.compile(rb"\s*(<\?xml[^>]*>\s*)?(<!--.{0,500}?-->\s*)?<(!doctype\s+html|html)[\s>]", re.I | re.S)
 CHARSET = re.compile(rb"""<meta[^>]{1,200}charset=["']?([\w-]+)""", re.I)
+TAG = re.compile(r"<(/?)([a-z][a-z0-9]*)", re.I)
+MAX_DEPTH = 2_000
+# XHTML's <a id="x"/> ends there; to HTML it is a beginning. <br/> is the same to both.
+SELF_CLOSED = re.compile(r"<(?!(?:br|hr|img|input|link|meta|col|area|base|wbr)\b)([A-Za-z][\w:-]*)(\s[^<>]*?)?/>")
+# Without an end, or ended by what follows.
+CLOSED_BY_OTHERS = frozenset(
+    "area base br col embed hr img input link meta param source track wbr p li td th tr dt dd option optgroup thead "  # noqa: SIM905
+    "tbody tfoot colgroup html head body path rect circle line use polygon polyline ellipse stop".split()
+)
 
 
 @dataclass
@@ -50,10 +59,23 @@ def declared_encoding(data: bytes) -> str | None:
         return None
 
 
+def check_depth(text: str) -> None:
+    """Refuse what nests deeper than any page: the parser's time grows with the square of the depth."""
+    depth = 0
+    for match in TAG.finditer(text):
+        if match[2].lower() not in CLOSED_BY_OTHERS:
+            depth = max(depth + (-1 if match[1] else 1), 0)
+            if depth > MAX_DEPTH:
+                raise NotText(f"HTML nested over {MAX_DEPTH:,} deep")
+
+
 def parse(text: str) -> Page:
     """The page's main text. Raises NotText where the parser gives up."""
     from selectolax.lexbor import LexborHTMLParser
 
+    if text.lstrip().startswith("<?xml"):
+        text = SELF_CLOSED.sub(r"<\1\2></\1>", text)
+    check_depth(text)
     try:
         tree = LexborHTMLParser(text)
         body = tree.css_first("main") or tree.body or tree.root

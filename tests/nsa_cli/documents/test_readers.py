@@ -48,7 +48,7 @@ def test_epub_has_the_chapters_of_its_table_of_contents() -> None:
         "cover.xhtml": "<p>The Book</p>",
         "one.xhtml": "<h1>Loomings</h1><p>Call me <i>Ishmael</i>.</p>",
         "one_b.xhtml": "<p>It goes on.</p>",
-        "rest.xhtml": "<h2 id='c2'>The Carpet-Bag</h2><p>I stuffed a shirt.</p><h2 id='c3'>The Inn</h2><p>Entering.</p>",
+        "rest.xhtml": "<h2 id='c2'>The Carpet-Bag</h2><p>A shirt.</p><h2 id='c3'>The Inn</h2><p>Entering.</p>",
     }
     toc = make.ncx([("Loomings", "one.xhtml"), ("The Carpet-Bag", "rest.xhtml#c2"), ("The Inn", "rest.xhtml#c3")])
     found = read(make.epub(chapters, toc), "novel.epub")
@@ -65,13 +65,17 @@ def test_epub_3_navigation_names_chapters_and_sections() -> None:
         "<nav epub:type='toc'><ol><li><a href='a.xhtml'>One</a><ol><li><a href='a.xhtml#s'>Deep</a></li></ol></li>"
         "<li><a href='b.xhtml'>Two</a></li></ol></nav>"
     )
-    package = make.PACKAGE.format(
-        items='<item id="n" href="nav.xhtml" properties="nav"/><item id="a" href="a.xhtml"/><item id="b" href="b.xhtml"/>',
-        spine='<itemref idref="a"/><itemref idref="b"/>',
-    )
+    items = '<item id="n" href="nav.xhtml" properties="nav"/>'
+    items += '<item id="a" href="a.xhtml"/><item id="b" href="b.xhtml"/>'
+    package = make.PACKAGE.format(items=items, spine='<itemref idref="a"/><itemref idref="b"/>')
     members = {"META-INF/container.xml": make.CONTAINER.format(package="book.opf"), "book.opf": package}
     members |= {"nav.xhtml": nav, "a.xhtml": "<p>x</p><p id='s'>y</p>", "b.xhtml": "<p>z</p>"}
     assert labels(read(make.archive(members), "b.epub")) == ['ch. 1 "One"', 'ch. 1 "One" § "Deep"', 'ch. 2 "Two"']
+
+
+def test_xhtml_elements_may_end_where_they_begin() -> None:
+    page = '<p>a<script src="x"/><br/>b <i/>c</p>' + '<span id="s"/>' * 3000 + "<p>d</p>"
+    assert read(make.epub({"a.xhtml": page}), "b.epub").text == "a\nb c\n\nd\n"
 
 
 def test_epub_without_contents_takes_its_headings() -> None:
