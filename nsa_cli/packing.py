@@ -1,6 +1,8 @@
 """Documents -> a context that fits: in which order, in how much detail, and what goes where it is too much."""
 
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -49,7 +51,7 @@ def pack(
     room = room_beside(checkpoint, question, request, packing)
     before = len(checkpoint.tokenizer.prompt(question, request.system).before)
     grid = Grid(checkpoint.config.select_block, before)
-    with TokenCache(cache_dir(), checkpoint.tokenizer) as tokens:
+    with TokenCache(cache_dir() if request.use_store else None, checkpoint.tokenizer) as tokens:
         context = pack_documents(documents, skips, tokens, packing, room, grid)
     context = replace(context, tokenizer=checkpoint.tokenizer)
     if packing.overflow != "shard":
@@ -79,7 +81,9 @@ def pack_documents(
     leave what is too long as it is, for the caller to refuse or to split.
     """
     documents = in_order([at_level(document, packing.levels) for document in documents], packing.order)
-    files = {id(d): encode(d, tokenizer) for d in documents if d.level != "name"}
+    read = [document for document in documents if document.level != "name"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        files = dict(zip(map(id, read), pool.map(lambda d: encode(d, tokenizer), read), strict=True))
     packed = Packed(documents, files, list(skips), tokenizer, grid if packing.align else None)
     context = packed.context()
     if context.tokens <= room or packing.overflow not in ("outline", "drop"):

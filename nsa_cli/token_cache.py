@@ -11,6 +11,7 @@ import time
 from array import array
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,15 +25,18 @@ BUSY_S = 2.0
 
 
 class TokenCache:
-    """Encodes as its tokenizer does, from the cache where it can. A context manager, which writes at its end."""
+    """Encodes as its tokenizer does, from the cache where it can. A context manager, which writes at its end.
 
-    def __init__(self, directory: Path, tokenizer: "Tokenizer") -> None:
+    directory: None = keep nothing.
+    """
+
+    def __init__(self, directory: Path | None, tokenizer: "Tokenizer") -> None:
         self.tokenizer = tokenizer
-        self.path = directory / FILE
         self.new: dict[bytes, bytes] = {}
         self.used: set[bytes] = set()
         self.hits = 0
-        self.database = self._open()
+        self.lock = Lock()  # encoding leaves Python's lock alone, so that threads are worth while
+        self.database = self._open(directory / FILE) if directory else None
 
     def __enter__(self) -> "TokenCache":
         return self
@@ -68,25 +72,26 @@ class TokenCache:
         about = f"{tokenizers.__version__} {self.tokenizer.digest} "
         return hashlib.sha256(about.encode() + text.encode("utf-8", "surrogatepass")).digest()
 
-    def _open(self) -> sqlite3.Connection | None:
+    def _open(self, path: Path) -> sqlite3.Connection | None:
         for _ in range(2):
             try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))  # tokens are the document: nobody else's
-                database = sqlite3.connect(self.path, timeout=BUSY_S)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # tokens are the document: nobody else's
+                database = sqlite3.connect(path, timeout=BUSY_S, check_same_thread=False)
                 database.execute("CREATE TABLE IF NOT EXISTS tokens (key BLOB PRIMARY KEY, value BLOB, used REAL)")
                 return database
             except sqlite3.OperationalError:  # busy or read-only
                 return None
             except sqlite3.DatabaseError:  # not a database, or no longer
-                self.path.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
             except OSError:
                 return None
         return None
 
     def _read(self, key: bytes) -> tuple[array, array] | None:
         try:
-            row = self.database.execute("SELECT value FROM tokens WHERE key = ?", (key,)).fetchone()
+            with self.lock:
+                row = self.database.execute("SELECT value FROM tokens WHERE key = ?", (key,)).fetchone()
         except sqlite3.Error:
             return None
         if not row or not isinstance(row[0], bytes) or len(row[0]) % 8 != CHECK % 8:

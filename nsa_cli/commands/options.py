@@ -224,8 +224,8 @@ def _add(command, *options):
 def _known_encoding(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
     try:
         # Some codecs, such as rot13 and zip, are none of text.
-        return codecs.lookup(name).name if name and isinstance(b"".decode(name), str) else None
-    except LookupError:
+        return codecs.lookup(name).name if name and isinstance(b"a".decode(name, "replace"), str) else None
+    except (LookupError, UnicodeError):
         raise click.BadParameter(f"no encoding {name!r}; try utf-8, cp1252, shift_jis or gb18030") from None
 
 

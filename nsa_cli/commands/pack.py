@@ -8,7 +8,7 @@ import click
 from nsa_cli.checkpoint import Checkpoint
 from nsa_cli.commands.options import document_options, packing_options, paths_or_stdin, verbosity_options
 from nsa_cli.context import Context, Grid, check_budget, parse_tokens
-from nsa_cli.documents import Document, read_documents
+from nsa_cli.documents import Document, Skip, read_documents
 from nsa_cli.export import FORMATS, export
 from nsa_cli.order import in_order
 from nsa_cli.output import emit, say, say_skipped, write_file
@@ -27,10 +27,11 @@ NO_LIMIT = 1 << 62
 @click.option("--line-numbers", "-n", is_flag=True, help="Put the file's line number before each line.")
 @click.option("--model", "-m", metavar="NAME|PATH", envvar="NSA_MODEL", show_envvar=True, help="Whose tokens to count.")
 @click.option("--max-context", type=parse_tokens, metavar="TOKENS", help="Most tokens of the text. Default: no limit.")
+@click.option("--no-cache", is_flag=True, help="Keep no token counts for the next time.")
 @document_options
 @packing_options
 @verbosity_options
-def command(paths, output, form, line_numbers, model, max_context, read, packing) -> None:
+def command(paths, output, form, line_numbers, model, max_context, no_cache, read, packing) -> None:
     """Write the files and folders at PATH as one text, as a question about them would read it.
 
     Runs no model. Tokens are counted where a model is installed; --max-context, --overflow and --align need one.
@@ -45,7 +46,7 @@ def command(paths, output, form, line_numbers, model, max_context, read, packing
     documents, skips = read_documents(paths_or_stdin(paths, read), read)
     documents = without(documents, output)
     say_skipped(skips)
-    context = count(documents, skips, model, max_context, packing)
+    context = count(documents, skips, model, max_context, packing, None if no_cache else cache_dir())
     if context:
         documents, skips = context.documents, context.skips
     else:
@@ -59,8 +60,18 @@ def command(paths, output, form, line_numbers, model, max_context, read, packing
     say(f"{tokens} in {len(documents):,} file{'s' * (len(documents) > 1)}")
 
 
-def count(documents: list[Document], skips, model: str | None, limit: int | None, packing: Packing) -> Context | None:
-    """The context of the documents; None where no model is installed to count tokens with, and nothing needs one."""
+def count(
+    documents: list[Document],
+    skips: list[Skip],
+    model: str | None,
+    limit: int | None,
+    packing: Packing,
+    directory: Path | None,
+) -> Context | None:
+    """The context of the documents; None where no model is installed to count tokens with, and nothing needs one.
+
+    directory: where counts are kept; None = nowhere.
+    """
     checkpoint = Checkpoint(model)
     try:
         tokenizer = checkpoint.tokenizer
@@ -70,7 +81,7 @@ def count(documents: list[Document], skips, model: str | None, limit: int | None
         return None
     room = limit - (packing.reserve or 0) if limit else NO_LIMIT
     grid = Grid(checkpoint.config.select_block, len(tokenizer.prompt("").before))
-    with TokenCache(cache_dir(), tokenizer) as tokens:
+    with TokenCache(directory, tokenizer) as tokens:
         context = pack_documents(documents, skips, tokens, packing, room, grid)
     check_budget(context.tokens, room, context.files)
     return context

@@ -47,11 +47,12 @@ class Cost:
     help="Most tokens of document, question and answer, such as 32k. Default: the model's limit.",
 )
 @click.option("--tree", "depth", type=click.IntRange(1), metavar="DEPTH", help="Sum the tokens by directory, so deep.")
+@click.option("--no-cache", is_flag=True, help="Keep no token counts for the next time.")
 @document_options
 @packing_options
 @json_option
 @verbosity_options
-def command(paths, model, max_context, depth, read, packing, as_json) -> None:
+def command(paths, model, max_context, depth, no_cache, read, packing, as_json) -> None:
     """Show what a question about the files and folders at PATH would read: tokens per file, memory, time.
 
     Counts are exact, made with the model's own tokenizer. Memory and time are estimates, the time one for two CPU
@@ -68,7 +69,7 @@ def command(paths, model, max_context, depth, read, packing, as_json) -> None:
     checkpoint, request = Checkpoint(model), Request(max_context=max_context)
     room = room_beside(checkpoint, "", request, packing) - (0 if packing.reserve else QUESTION_TOKENS)
     grid = Grid(checkpoint.config.select_block, len(checkpoint.tokenizer.prompt("").before))
-    with TokenCache(cache_dir(), checkpoint.tokenizer) as tokens:
+    with TokenCache(None if no_cache else cache_dir(), checkpoint.tokenizer) as tokens:
         context = pack_documents(documents, skips, tokens, packing, room, grid)
     cost = estimate(checkpoint, context.tokens)
     table = to_table(context, room, cost, depth)
