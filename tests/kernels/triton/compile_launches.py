@@ -170,7 +170,7 @@ def gpu_cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def main(suite: str, target: str, only: str = "") -> None:
-    for name in ("ranged", "selected") if suite == "gpu" else (suite,):
+    for name in ("ranged", "select", "selected") if suite == "gpu" else (suite,):
         __import__(f"nsa_kernels.{name}", fromlist=[name]).target_of = lambda x: target
     for case, call in globals()[f"{suite}_cases"]():
         if only not in case:
