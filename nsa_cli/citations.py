@@ -28,6 +28,7 @@ class Citation:
     path: str | None = None
     start: int | None = None
     end: int | None = None
+    place: str | None = None  # the same as people cite it: `a.py:3-9`, `book.pdf p. 41`
 
     @property
     def found(self) -> bool:
@@ -37,7 +38,7 @@ class Citation:
         text = self.text if len(self.text) <= 60 else self.text[:57] + "..."
         if self.kind == "reference":
             return f"{self.text}  {'is in the text' if self.found else 'is not in the text'}"
-        where = f"{self.path}:{self.start}-{self.end}  {self.status} " if self.found else "not in the text: "
+        where = f"{self.place}  {self.status} " if self.found else "not in the text: "
         return f'{where}"{text}"'
 
     def to_json(self) -> dict:
@@ -75,8 +76,8 @@ def _look_up_quote(text: str, context: "Context") -> Citation:
         for file in context.files:
             match = pattern.search(file.text) if words else None
             if match:
-                lines = file.line_at(match.start()), file.line_at(match.end() - 1)
-                return Citation("quote", text, status, file.path, *lines)
+                lines = [file.file_line(file.line_at(at)) for at in (match.start(), match.end() - 1)]
+                return Citation("quote", text, status, file.path, *lines, context.cite(file.path, *lines))
     return Citation("quote", text, "missing")
 
 
@@ -90,9 +91,9 @@ def _alike(word: str) -> str:
 def _look_up_reference(match: re.Match, context: "Context") -> Citation:
     path, start, end = match[1], int(match[2]), int(match[3] or match[2])
     for file in _files(path.removeprefix("./"), context.files):
-        first, last = file.first_line, file.first_line + len(file.line_ends) - 1
+        first, last = (file.file_line(n) for n in (file.first_line, file.first_line + len(file.line_ends) - 1))
         if first <= start <= end <= last:
-            return Citation("reference", match[0], "exists", file.path, start, end)
+            return Citation("reference", match[0], "exists", file.path, start, end, context.cite(file.path, start, end))
     return Citation("reference", match[0], "missing")
 
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "run": ("nsa_cli.commands.run", "Run a recipe over files, folders or piped text."),
     "recipes": ("nsa_cli.commands.recipes", "List, show, check and begin recipes."),
     "plan": ("nsa_cli.commands.plan", "Show what a question would read: files, tokens, memory, time."),
+    "pack": ("nsa_cli.commands.pack", "Write files and folders as one text, without running a model."),
     "models": ("nsa_cli.commands.models", "Install, list and check checkpoints."),
     "convert": ("nsa_cli.commands.convert", "Make an NSA checkpoint from a dense one."),
     "cache": ("nsa_cli.commands.cache", "List and remove stored contexts."),

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import StringIO
 
-from nsa_cli.chapters import chapters
+from nsa_cli.chapters import Chapter, chapters
 from nsa_cli.context import Context, ContextFile, encode, place_after
 from nsa_models.errors import InputError
 
@@ -48,7 +48,7 @@ def excerpts(context: Context, patterns: Sequence[str], around: int) -> Context:
         found = [i for i, line in enumerate(lines) if any(regex.search(line) for regex in regexes)]
         for start, stop in _ranges(found, around, len(lines)):
             text = "".join(lines[start:stop])
-            files.append(encode(file.path, text, context.tokenizer, file.first_line + start))
+            files.append(encode(file.document, context.tokenizer, text, file.first_line + start))
     if not files:
         count = len(context.files)
         raise InputError(f"no line of {count:,} file{'s' * (count > 1)} matches {' or '.join(patterns)}")
@@ -79,11 +79,24 @@ def _by_file(context: Context) -> Iterator[tuple[str, list[ContextFile]]]:
 
 def _by_chapter(context: Context) -> Iterator[tuple[str, list[ContextFile]]]:
     for file in context.files:
-        found = chapters(file.text, file.path)
+        found = _own_chapters(file) or chapters(file.text, file.path)
         for chapter in found:
             label = file.path if len(found) == 1 else f"{file.path}: {chapter.title}"
             text = file.text[chapter.start : chapter.stop]
-            yield label, [encode(file.path, text, context.tokenizer, file.first_line + chapter.first_line - 1)]
+            yield label, [encode(file.document, context.tokenizer, text, file.first_line + chapter.first_line - 1)]
+
+
+def _own_chapters(file: ContextFile) -> list[Chapter]:
+    """Those that the format itself marks, as an EPUB does; what comes before the first belongs to it."""
+    marked = [part for part in file.document.parts if file.document.converted and part.label.startswith("ch. ")]
+    lines = {part.label.partition(" § ")[0]: part.line for part in reversed(marked)}
+    starts = [(line - file.first_line, title) for title, line in reversed(lines.items())]
+    starts = [(line, title) for line, title in starts if 0 <= line < len(file.line_ends)]
+    if len(starts) < 2:
+        return []
+    starts[0] = (0, starts[0][1])
+    at = [file.line_ends[line - 1] + 1 if line else 0 for line, _ in starts] + [len(file.text)]
+    return [Chapter(title, at[i], at[i + 1], line + 1) for i, (line, title) in enumerate(starts)]
 
 
 def _context(files: Sequence[ContextFile], like: Context) -> Context:

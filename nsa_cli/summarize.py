@@ -48,20 +48,20 @@ class Wish:
 def summarize(
     checkpoint: Checkpoint,
     context: "Context",
-    wish: Wish,
     request: Request,
     tell: Callable[[str], None],
-    instruction: str = WHOLE,
+    instruction: str,
+    join: str,
 ) -> Answer:
     """Summarize in one pass where that fits, else part by part and then the parts' summaries, as often as needed.
+    instruction: what is asked about a text or a part of it. join: what is asked about the replies to that.
 
     tell: gets the last pass's text as it comes. Interrupted before that pass, nothing is worth keeping: it raises
     KeyboardInterrupt. BudgetError if the parts' summaries cannot be much shorter than the parts.
     """
-    question = wish.wording(instruction)
-    room = document_room(checkpoint, question, request)
+    room = document_room(checkpoint, instruction, request)
     if len(context.ids) <= room:
-        return answer(checkpoint, context, question, request, tell)
+        return answer(checkpoint, context, instruction, request, tell)
     longest = request.sampling.max_tokens
     if room < 2 * (longest + LABEL):
         raise BudgetError(
@@ -70,12 +70,12 @@ def summarize(
         )
     shards = context.split(room)
     say(f"nsa: {len(context.ids):,} tokens, {room:,} fit: summarizing {len(shards)} parts, then their summaries")
-    parts = [_part(checkpoint, shard, question, request, i, len(shards)) for i, shard in enumerate(shards, 1)]
+    parts = [_part(checkpoint, shard, instruction, request, i, len(shards)) for i, shard in enumerate(shards, 1)]
     joined = _join(checkpoint, parts)
     if len(joined.ids) >= len(context.ids):
         raise BudgetError(f"{len(shards)} parts' summaries are no shorter than the text; lower --max-tokens")
     later = replace(request, use_store=False, evidence=0)  # summaries are asked about once, and are no place to look
-    whole = summarize(checkpoint, joined, wish, later, tell, JOIN)
+    whole = summarize(checkpoint, joined, later, tell, join, join)
     whole = combined(parts, whole, request.evidence)
     return replace(whole, shards=len(parts), citations=check_citations(whole.text, context))
 

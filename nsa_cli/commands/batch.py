@@ -9,10 +9,14 @@ from pathlib import Path
 import click
 
 from nsa_cli.batch import Settings, local_engine, run_batch
-from nsa_cli.commands.options import answer_options, checkpoint_options, verbosity_options
+from nsa_cli.commands.options import (
+    answer_options,
+    checkpoint_options,
+    document_options,
+    verbosity_options,
+)
 from nsa_cli.commands.run import explicit
 from nsa_cli.completion import complete_paths
-from nsa_cli.documents.options import document_options
 from nsa_cli.jobs import parse_jobs
 from nsa_cli.records import RecordFile, RecordStream
 from nsa_models.errors import InputError

@@ -9,6 +9,7 @@ from nsa_cli.completion import complete_stored
 from nsa_cli.output import say, verbosity_options
 from nsa_cli.settings import cache_dir
 from nsa_cli.store import Entry, Store
+from nsa_cli.token_cache import FILE as TOKENS
 from nsa_cli.units import format_bytes
 
 
@@ -55,7 +56,7 @@ def ls(as_json: bool) -> None:
 
 @command.command()
 @click.argument("ids", nargs=-1, metavar="[ID]...", shell_complete=complete_stored)
-@click.option("--all", "everything", is_flag=True, help="Remove every stored context.")
+@click.option("--all", "everything", is_flag=True, help="Remove every stored context, and the counted tokens of files.")
 @verbosity_options
 def rm(ids: tuple[str, ...], everything: bool) -> None:
     """Remove stored contexts by id, or by as much of it as is unique.
@@ -70,6 +71,8 @@ def rm(ids: tuple[str, ...], everything: bool) -> None:
     if everything:
         ids = tuple(entry.id for entry in store.entries())
     removed = [store.remove(prefix) for prefix in ids]
+    if everything:
+        (cache_dir() / TOKENS).unlink(missing_ok=True)
     say(f"removed {len(removed)}, {format_bytes(sum(e.bytes for e in removed))}")
 
 

@@ -6,23 +6,32 @@ from contextlib import suppress
 
 import click
 
-from nsa_cli.commands.options import answer_options, checkpoint_options, json_option, verbosity_options
-from nsa_cli.context import build_context
+from nsa_cli.commands.options import (
+    answer_options,
+    checkpoint_options,
+    document_options,
+    json_option,
+    packing_options,
+    paths_or_stdin,
+    verbosity_options,
+)
+from nsa_cli.completion import complete_paths
 from nsa_cli.documents import read_documents
-from nsa_cli.documents.options import document_options
 from nsa_cli.output import say, say_skipped
+from nsa_cli.packing import pack
 
 PROMPT = "> "
 
 
 @click.command("chat")
-@click.argument("paths", nargs=-1, metavar="PATH...", required=True)
+@click.argument("paths", nargs=-1, metavar="PATH...", shell_complete=complete_paths)
 @document_options
+@packing_options
 @answer_options
 @checkpoint_options
 @json_option
 @verbosity_options
-def command(paths, read, request, checkpoint, as_json) -> None:
+def command(paths, read, packing, request, checkpoint, as_json) -> None:
     """Talk about the files and folders at PATH: they are read once, and each question knows those before it.
 
     Questions come from the terminal, or a line each from a pipe. /reset begins a new conversation about the same text,
@@ -31,15 +40,16 @@ def command(paths, read, request, checkpoint, as_json) -> None:
     \b
       nsa chat book.txt
       nsa chat src/ --system "Answer in one sentence."
-      printf 'who is Ada?\nwhere does she live?\n' | nsa chat book.txt --json
+      nsa chat book.txt --json < questions.txt
     """
     from nsa_cli.chat import HELP, begin, chat
 
-    if "-" in paths:
-        raise click.UsageError("the questions come from standard input, so the text cannot; name a file")
-    documents, skips = read_documents(paths, read)
+    named = paths_or_stdin(paths, read)
+    if "-" in named:
+        raise click.UsageError("the questions come from standard input, so the text cannot; name a file or a folder")
+    documents, skips = read_documents(named, read)
     say_skipped(skips)
-    context = build_context(documents, checkpoint.tokenizer, skips)
+    context = pack(documents, skips, checkpoint, "", request, packing)
     typed = sys.stdin is not None and sys.stdin.isatty()
     conversation = begin(checkpoint, context, request)
     if typed:

@@ -8,13 +8,14 @@ from nsa_cli.answer import show, silent
 from nsa_cli.commands.options import (
     answer_options,
     checkpoint_options,
+    document_options,
     json_option,
     output_option,
+    packing_options,
     paths_or_stdin,
     verbosity_options,
 )
 from nsa_cli.completion import complete_paths, complete_recipes
-from nsa_cli.documents.options import document_options
 from nsa_cli.output import emit, say_skipped
 from nsa_cli.recipe import Param, Recipe, load_recipe, read_recipe, recipe_paths
 from nsa_models.errors import InputError
@@ -52,7 +53,7 @@ def command(context: click.Context) -> None:
     \b
       nsa run explain-repo .
       nsa run code-review src/ --focus "error handling"
-      git log --oneline -30 | nsa run changelog --version 1.2.0
+      nsa run changelog --log 30 --version 1.2.0
       nsa run ./my-recipe.yaml notes/ --json
     """
     if context.invoked_subcommand is None:
@@ -71,20 +72,21 @@ def recipe_command(recipe: Recipe) -> click.Command:
     """The command that runs this recipe. Raises InputError if a parameter is called like an option of every command."""
 
     @document_options
+    @packing_options
     @answer_options
     @checkpoint_options
     @json_option
     @output_option
     @verbosity_options
-    def run(paths, read, request, checkpoint, as_json, **given) -> None:
-        from nsa_cli.context import build_context
+    def run(paths, read, packing, request, checkpoint, as_json, **given) -> None:
         from nsa_cli.documents import read_documents
+        from nsa_cli.packing import pack, reads_in_parts
         from nsa_cli.steps import run_recipe
 
         bound = recipe.bind({name.removeprefix(PREFIX): value for name, value in given.items()})
-        documents, skips = read_documents(paths_or_stdin(paths), bound.read_options(read))
+        documents, skips = read_documents(paths_or_stdin(paths, read), bound.read_options(read))
         say_skipped(skips)
-        context = build_context(documents, checkpoint.tokenizer, skips)
+        context = pack(documents, skips, checkpoint, "", request, reads_in_parts(packing))
         reply = run_recipe(checkpoint, bound, context, request, silent if as_json else emit, explicit())
         show(reply, as_json)
         reply.require()

@@ -9,18 +9,19 @@ from nsa_cli.answer import Answer, require_citations, show, silent
 from nsa_cli.commands.options import (
     answer_options,
     checkpoint_options,
+    document_options,
     json_option,
     output_option,
+    packing_options,
     paths_or_stdin,
     strict_option,
     verbosity_options,
 )
 from nsa_cli.completion import complete_paths
-from nsa_cli.context import build_context
 from nsa_cli.documents import read_documents
-from nsa_cli.documents.options import document_options
 from nsa_cli.output import emit, say, say_skipped
-from nsa_cli.summarize import LENGTHS, STYLES, Wish, summarize
+from nsa_cli.packing import pack, reads_in_parts
+from nsa_cli.summarize import JOIN, LENGTHS, STYLES, WHOLE, Wish, summarize
 
 
 class Length(click.ParamType):
@@ -44,12 +45,13 @@ class Length(click.ParamType):
 @click.option("--per", type=click.Choice(["chapter", "file"]), help="A summary for each, under its heading.")
 @strict_option
 @document_options
+@packing_options
 @answer_options
 @checkpoint_options
 @json_option
 @output_option
 @verbosity_options
-def command(paths, focus, length, style, per, strict, read, request, checkpoint, as_json) -> None:
+def command(paths, focus, length, style, per, strict, read, packing, request, checkpoint, as_json) -> None:
     """Summarize the files and folders at PATH, or text piped in (PATH `-`, or none).
 
     What fits the model is read in one pass. Longer text is read in parts, cut between files or lines, and the
@@ -66,9 +68,9 @@ def command(paths, focus, length, style, per, strict, read, request, checkpoint,
     typed = click.get_current_context().get_parameter_source("max_tokens") is ParameterSource.COMMANDLINE
     if wish.max_tokens() > request.sampling.max_tokens and not typed:
         request = replace(request, sampling=replace(request.sampling, max_tokens=wish.max_tokens()))
-    documents, skips = read_documents(paths_or_stdin(paths), read)
+    documents, skips = read_documents(paths_or_stdin(paths, read), read)
     say_skipped(skips)
-    context = build_context(documents, checkpoint.tokenizer, skips)
+    context = pack(documents, skips, checkpoint, "", request, reads_in_parts(packing))
     replies = show_summaries(checkpoint, context, wish, per, request, as_json)
     if strict:
         require_citations(replies)
@@ -80,11 +82,12 @@ def show_summaries(checkpoint, context, wish: Wish, per: str | None, request, as
 
     pieces = parts(context, per or "document", max_tokens=1 << 62)  # a part that is too long is summarized in parts
     shown: list[Answer] = []
+    tell = silent if as_json else emit
     for number, part in enumerate(pieces, 1):
         if per and as_json:
             say(f"nsa: {number} of {len(pieces)}: {part.label}, {len(part.context.ids):,} tokens")
         elif per:
             emit("\n" * bool(shown) + f"## {part.label}\n\n")
-        shown.append(summarize(checkpoint, part.context, wish, request, silent if as_json else emit))
+        shown.append(summarize(checkpoint, part.context, request, tell, wish.wording(WHOLE), wish.wording(JOIN)))
         show(shown[-1], as_json, **({"part": part.label} if per else {}))
     return shown

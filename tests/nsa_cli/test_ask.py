@@ -74,7 +74,7 @@ def test_json_is_one_object_of_the_documented_shape(nsa, docs, tiny_checkpoint):
     assert all(seconds >= 0 for seconds in reply["timings"].values())
     assert 1 <= len(reply["evidence"]) <= 3
     for place in reply["evidence"]:
-        assert list(place) == ["path", "start", "end", "lift"]
+        assert list(place) == ["path", "start", "end", "lift", "place"]
         lines = (docs / place["path"]).read_text().count("\n")
         assert 1 <= place["start"] <= place["end"] <= lines and place["lift"] > 1
 

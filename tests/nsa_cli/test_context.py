@@ -185,7 +185,7 @@ def test_a_budget_that_holds_says_nothing() -> None:
         (800, "it fits with --exclude src"),  # 250, in two files
         (420, "it fits with --exclude tests"),
         (350, "it fits with --exclude tests/a.py --exclude docs/big.md"),
-        (20, "narrow it with --include, or use nsa summarize"),
+        (20, "narrow it with --include, or let --overflow drop"),
     ],
 )
 def test_an_overrun_says_how_much_and_what_would_fit(limit: int, advice: str) -> None:

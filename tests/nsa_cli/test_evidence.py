@@ -55,7 +55,7 @@ def test_a_chosen_block_becomes_its_lines():
     (found,) = find_evidence(mass_of(30, {5: 40}), context, offset, 5)
     assert found == Evidence("a.txt", 7, 8, pytest.approx(4.0))
     assert str(found) == "a.txt:7-8  lift 4.0x"
-    assert found.to_json() == {"path": "a.txt", "start": 7, "end": 8, "lift": 4.0}
+    assert found.to_json() == {"path": "a.txt", "start": 7, "end": 8, "lift": 4.0, "place": "a.txt:7-8"}
 
 
 def test_the_best_come_first_and_no_more_than_asked_for():

@@ -133,7 +133,7 @@ def test_repositories_inside_a_repository_are_named_not_read(tmp_path) -> None:
     git(tmp_path, "init", "-q")
     git(tmp_path / "inner", "init", "-q")
     assert [(f.path, f.reason) for f in walk(tmp_path.resolve(), EVERYTHING) if f.path != "a"] == [
-        ("inner", "a repository of its own")
+        ("inner", "a repository of its own; --submodules reads it")
     ]
     shutil.rmtree(tmp_path / ".git")
     assert found(tmp_path) == ["a", "inner/b"]
@@ -192,7 +192,7 @@ def test_links_are_named_and_never_followed(tmp_path) -> None:
     (root / "file").symlink_to(tmp_path / "outside" / "secret")
     assert {f.path: f.reason for f in walk(root.resolve(), EVERYTHING)} == {
         "a": None,
-        "cycle": "symbolic link",
-        "out": "symbolic link",
-        "file": "symbolic link",
+        "cycle": "symbolic link; --follow-links reads it",
+        "out": "symbolic link; --follow-links reads it",
+        "file": "symbolic link; --follow-links reads it",
     }
