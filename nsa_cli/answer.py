@@ -75,6 +75,12 @@ class Answer:
     citations: Sequence[Citation] = field(default=(), repr=False)
     data: object = None
 
+    def flaw(self) -> str:
+        """What to warn of, or an empty text."""
+        if self.finish_reason == "length":
+            return f"the answer was cut at {self.usage.completion_tokens:,} tokens; --max-tokens gives it more"
+        return "" if self.text else "the model ended its answer before the first word"
+
     def to_json(self) -> dict:
         return {
             "schema_version": SCHEMA_VERSION,
@@ -364,10 +370,6 @@ def show(reply: Answer, as_json: bool, **about: str) -> None:
 
     about: more keys of the JSON, such as which question this answers.
     """
-    if reply.finish_reason == "length":
-        warning = f"the answer was cut at {reply.usage.completion_tokens:,} tokens; --max-tokens gives it more"
-    else:
-        warning = "" if reply.text else "the model ended its answer before the first word"
     if as_json:
         emit(json.dumps(reply.to_json() | about, ensure_ascii=False) + "\n")
     else:
@@ -375,8 +377,8 @@ def show(reply: Answer, as_json: bool, **about: str) -> None:
         for line in (*reply.evidence, *reply.citations):
             say(str(line))
         say(timing_line(reply))
-    if warning:
-        warn(warning)
+    if reply.flaw():
+        warn(reply.flaw())
     log_answer(reply.to_json())
     if reply.finish_reason == "interrupted":
         raise KeyboardInterrupt

@@ -41,6 +41,10 @@ class RecipeAnswer(Answer):
     parts: Sequence[PartAnswer] = field(default=(), repr=False)
     failed: Sequence[str] = ()
 
+    def flaw(self) -> str:
+        """Each part that was cut was warned of when it was read."""
+        return "" if self.finish_reason == "length" else super().flaw()
+
     def to_json(self) -> dict:
         own = {"recipe": self.recipe, "parts": [part.to_json() for part in self.parts], "failed": list(self.failed)}
         return super().to_json() | own
