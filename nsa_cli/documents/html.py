@@ -170,6 +170,7 @@ class Writer:
             return
         number = len(self.page.lines) + 1
         if self.heading:
+            line = line.rstrip(" ¶#")  # the link to itself that documentation tools put there
             self.page.headings.append((number, self.heading, line))
             line = "#" * self.heading + " " + line
         self.page.lines.append(self.prefix + line)
