@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nsa_cli.documents import ReadOptions, archive, read_documents
+from nsa_cli.documents import ReadOptions, archive, pdf, read_documents
 from nsa_cli.documents.document import Extract, NotText
 from nsa_cli.documents.readers import extract
 from nsa_models.errors import InputError
@@ -78,6 +78,23 @@ def test_xml_bombs_are_refused() -> None:
     assert expected in refusal(make.epub(PAGE, bomb))
     outside = '<?xml version="1.0"?><!DOCTYPE x [<!ENTITY f SYSTEM "file:///etc/passwd">]><x>&f;</x>'
     assert expected in refusal(make.archive({"word/document.xml": outside}))
+
+
+def test_pdf_bombs_end(monkeypatch) -> None:
+    catalog, font = "<< /Type /Catalog /Pages 2 0 R >>", "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"
+    loop = "<< /Type /Pages /Kids [2 0 R] /Count 1 >>"
+    assert "damaged PDF" in refusal(make.pdf_file([catalog, loop]))
+    pages = "<< /Type /Pages /Kids [4 0 R] /Count 1 >>"
+    page = "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 9 9] /Contents 5 0 R /Resources {} >>"
+    drawn = "/XObject << /X {} 0 R >>"
+    form = "<< /Type /XObject /Subtype /Form /BBox [0 0 9 9] /Resources << {} >> /Length {} >>\nstream\n{}\nendstream"
+    tenfold = [form.format(drawn.format(7 + i), 60, "/X Do " * 10) for i in range(8)]  # 10^8 times what is inmost
+    inmost = form.format("/Font << /F 3 0 R >>", 23, "BT /F 9 Tf (ha) Tj ET  ")
+    content = "<< /Length 5 >>\nstream\n/X Do\nendstream"
+    laughs = [catalog, pages, font, page.format("<< " + drawn.format(6) + " >>"), content, *tenfold, inmost]
+    assert len(extract(make.pdf_file(laughs), "x", OPTIONS).text) < 1_000_000
+    monkeypatch.setattr(pdf, "MAX_TEXT", 100)
+    assert "more than 100 characters" in refusal(make.pdf(["word " * 30]))
 
 
 def test_deep_nesting_is_no_crash() -> None:
