@@ -99,6 +99,7 @@ def test_pdf_bombs_end(monkeypatch) -> None:
 
 def test_deep_nesting_is_no_crash() -> None:
     assert "word" in extract(("<html>" + "<div>" * 1_000 + "word").encode(), "x.html", OPTIONS).text
+    assert "over the limit of 16,000,000" in refusal(b"<html>" + b"x" * 16_000_000, "x.html")
     assert "nested over 2,000 deep" in refusal(("<html>" + "<b><div>" * 50_000).encode(), "x.html")
     assert "nested" in refusal(make.docx("<w:tbl>" * 300 + make.paragraph("x") + "</w:tbl>" * 300))
     assert "damaged notebook" in refusal(b"[" * 100_000, "x.ipynb")
