@@ -140,7 +140,7 @@ class Writer:
             self.pre += 1
         elif tag == "li":
             self.prefix = "- "
-        elif tag in ("p", "table", "blockquote", "tr") and tag != "tr":
+        elif tag in ("p", "table", "blockquote"):
             self.blank()
         elif tag in CELLS and "".join(self.line).strip():
             self.line.append(" | ")
