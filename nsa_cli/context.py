@@ -279,7 +279,7 @@ def check_budget(tokens: int, limit: int, files: Sequence[ContextFile]) -> None:
         + (
             f"it fits with {advice}"
             if advice
-            else "narrow it with --include, or let --overflow drop or outline files, or read them in parts with shard"
+            else "narrow it with --include, or give --overflow drop, outline or shard"
         )
     )
 

@@ -43,7 +43,11 @@ def find_evidence(retrieval: "RetrievalMass", context: "Context", offset: int, l
         places += [(block, Evidence(p.path, p.first_line, p.last_line, float(mass[block]) / expected)) for p in found]
         if len(places) >= limit:
             break
-    return [replace(e, place=context.cite(e.path, e.start, e.end)) for e in merge(places[:limit])]
+    cited: dict[str, Evidence] = {}  # two blocks of one page are one place to look
+    for e in merge(places[:limit]):
+        place = context.cite(e.path, e.start, e.end)
+        cited.setdefault(place, replace(e, place=place))
+    return list(cited.values())
 
 
 def merge(places: Sequence[tuple[int, Evidence]]) -> list[Evidence]:

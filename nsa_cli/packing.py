@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from nsa_cli.context import Context, ContextFile, Grid, arrange, check_budget, encode
@@ -139,26 +140,33 @@ class Packed:
 
     def drop(self, candidates: list[Document], room: int) -> Context:
         """Keep what matters most: every file, from the most important on, that still fits beside those before it."""
-        whole, target = self.documents, room - len(self.context().listing)
+        whole = self.documents
+        names = sum(self.cost(d) for d in whole if d.level == "name")
+        target = room - names - len(self.tokenizer.encode("Files:\n\n"))
         if self.grid:
             target -= self.grid.block * len(whole) // 2
         while True:
             kept, left = set(), target
             for document in reversed(candidates):
-                if self.files[id(document)].tokens <= left:
+                if (cost := self.cost(document)) <= left:
                     kept.add(id(document))
-                    left -= self.files[id(document)].tokens
+                    left -= cost
             self.documents = [d for d in whole if id(d) in kept or d.level == "name"]
             context = self.context()
             if context.tokens <= room or not kept:
                 break
-            target -= context.tokens - room  # the grid took more than was guessed
+            target -= context.tokens - room  # a list of names takes other tokens than its names, and so does the grid
         if not context.files:
             self.documents = whole
             return self.context()
         gone = [d for d in whole if d.level != "name" and id(d) not in kept]
         self.report("left out", gone, [self.files[id(d)].tokens for d in gone], room)
         return self.context()
+
+    def cost(self, document: Document) -> int:
+        """Tokens of a document and of its name in the list of files."""
+        file = self.files.get(id(document))
+        return (file.tokens if file else 0) + len(self.tokenizer.encode(document.path + "\n"))
 
     def outline(self, candidates: list[Document], room: int) -> Context:
         """Outline what matters least, file after file, until the rest fits whole."""
@@ -186,11 +194,24 @@ class Packed:
 
     def report(self, verb: str, documents: list[Document], tokens: list[int], room: int) -> None:
         """Say which documents are not there, or not whole, and count them among the skips."""
-        pairs = sorted(zip(documents, tokens, strict=True), key=lambda pair: pair[0].path)
-        self.skips += [Skip(d.path, f"{verb} to fit: {count:,} tokens") for d, count in pairs]
-        if pairs:
-            names = ", ".join(f"{d.path} ({count:,})" for d, count in pairs)
-            warn(f"{verb} to fit {room:,} tokens: {names}")
+        counts = {d.path: count for d, count in sorted(zip(documents, tokens, strict=True), key=lambda p: p[0].path)}
+        self.skips += [Skip(path, f"{verb} to fit: {count:,} tokens") for path, count in counts.items()]
+        others = {file.path for file in self.context().files} - counts.keys()
+        if counts:
+            warn(f"{verb} to fit {room:,} tokens: {', '.join(whole_directories(counts, others))}")
+
+
+def whole_directories(counts: dict[str, int], others: set[str]) -> list[str]:
+    """`src/a.py (120)`, and `docs/ (12 files, 3,400)` for a directory all of whose files are counted."""
+    shared = {str(parent) for path in others for parent in PurePosixPath(path).parents}
+    groups: dict[str, list[int]] = {}
+    for path, count in counts.items():
+        parents = [str(parent) for parent in PurePosixPath(path).parents if parent.name and str(parent) not in shared]
+        groups.setdefault(parents[-1] + "/" if parents else path, []).append(count)
+    return [
+        f"{name} ({len(found):,} files, {sum(found):,})" if len(found) > 1 else f"{name} ({sum(found):,})"
+        for name, found in groups.items()
+    ]
 
 
 def tree(files: Sequence[ContextFile], depth: int) -> Iterator[tuple[int, str]]:

@@ -10,7 +10,7 @@ from nsa_cli.documents.document import NotText
 from nsa_cli.units import format_bytes
 
 MAX_DIRECTORY = 4_000_000  # bytes that list the members: some 50,000 of them
-MAX_MEMBER = 64_000_000  # bytes of a member, inflated
+MAX_MEMBER = 32_000_000  # bytes of a member, inflated
 MAX_TOTAL = 256_000_000  # bytes of all members that are read
 
 

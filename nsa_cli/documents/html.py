@@ -17,6 +17,7 @@ SNIFF = re.compile(rb"\s*(<\?xml[^>]*>\s*)?(<!--.{0,500}?-->\s*)?<(!doctype\s+ht
 CHARSET = re.compile(rb"""<meta[^>]{1,200}charset=["']?([\w-]+)""", re.I)
 TAG = re.compile(r"<(/?)([a-z][a-z0-9]*)", re.I)
 MAX_DEPTH = 2_000
+MAX_HTML = 16_000_000  # characters
 # XHTML's <a id="x"/> ends there; to HTML it is a beginning. <br/> is the same to both.
 SELF_CLOSED = re.compile(r"<(?!(?:br|hr|img|input|link|meta|col|area|base|wbr)\b)([A-Za-z][\w:-]*)(\s[^<>]*?)?/>")
 # Without an end, or ended by what follows.
@@ -59,8 +60,12 @@ def declared_encoding(data: bytes) -> str | None:
         return None
 
 
-def check_depth(text: str) -> None:
-    """Refuse what nests deeper than any page: the parser's time grows with the square of the depth."""
+def check_size(text: str) -> None:
+    """Refuse what nests deeper than any page, since the parser's time grows with the square of the depth; and what is
+    longer, since its tree takes 60 times the page.
+    """
+    if len(text) > MAX_HTML:
+        raise NotText(f"HTML of {len(text):,} characters, over the limit of {MAX_HTML:,}")
     depth = 0
     for match in TAG.finditer(text):
         if match[2].lower() not in CLOSED_BY_OTHERS:
@@ -75,7 +80,7 @@ def parse(text: str) -> Page:
 
     if text.lstrip().startswith("<?xml"):
         text = SELF_CLOSED.sub(r"<\1\2></\1>", text)
-    check_depth(text)
+    check_size(text)
     try:
         tree = LexborHTMLParser(text)
         body = tree.css_first("main") or tree.body or tree.root
@@ -135,7 +140,7 @@ class Writer:
             self.pre += 1
         elif tag == "li":
             self.prefix = "- "
-        elif tag in ("p", "table", "blockquote", "tr") and tag != "tr":
+        elif tag in ("p", "table", "blockquote"):
             self.blank()
         elif tag in CELLS and "".join(self.line).strip():
             self.line.append(" | ")
@@ -170,6 +175,7 @@ class Writer:
             return
         number = len(self.page.lines) + 1
         if self.heading:
+            line = line.rstrip(" ¶#")  # the link to itself that documentation tools put there
             self.page.headings.append((number, self.heading, line))
             line = "#" * self.heading + " " + line
         self.page.lines.append(self.prefix + line)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from nsa_cli.documents.document import Extract, NotText, assemble
 
-MAX_TEXT = 256_000_000  # characters; a page can draw the same object again and again
+MAX_TEXT = 64_000_000  # characters; the library itself bounds what streams inflate to and what a page may draw
 
 
 def read_pdf(data: bytes) -> Extract:
@@ -31,13 +31,13 @@ def read_pdf(data: bytes) -> Extract:
 
 
 def pages(reader) -> Iterator[tuple[str, str]]:
-    total = 0
     labels = page_labels(reader)
+    characters = 0
     for number, page in enumerate(reader.pages, 1):
         # Lone surrogates come from broken font tables, and no encoding takes them.
-        text = page.extract_text().replace("\r", "\n").encode("utf-8", "replace").decode()
-        total += len(text)
-        if total > MAX_TEXT:
+        text = page.extract_text().encode("utf-8", "replace").decode().replace("\r", "\n")
+        characters += len(text)
+        if characters > MAX_TEXT:
             raise NotText(f"PDF with more than {MAX_TEXT:,} characters")
         label = labels[number - 1] if number <= len(labels) else str(number)
         yield f"p. {number}" + (f" ({label})" if label and label != str(number) else ""), text

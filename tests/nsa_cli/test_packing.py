@@ -203,6 +203,17 @@ def test_outlining_spares_what_matters(capsys) -> None:
     assert all(f"{path} (" in capsys.readouterr().err for path in outlined[:1])
 
 
+def test_what_is_gone_is_named_by_whole_directories(capsys) -> None:
+    paths = ["a.py", "docs/a.txt", "docs/b/c.txt", "src/a.py", "src/b.py"]
+    documents = [Document(path, "x = 1\n" * (1 if path == "src/a.py" else 20)) for path in paths]
+    context = pack_documents(documents, [], LETTERS, Packing(overflow="drop"), 60)
+    assert shown(context) == ["src/a.py"]
+    assert "left out to fit 60 tokens: a.py (133), docs/ (2 files, 280), src/b.py (137)\n" in capsys.readouterr().err
+    many = [Document(f"d/{i:04}.py", "x = 1\n") for i in range(500)]  # whose names alone are too long
+    context = pack_documents(many, [], LETTERS, Packing(overflow="drop"), 200)
+    assert len(context.files) >= 3 and context.tokens <= 200
+
+
 TEXTS = st.text("ab \n", min_size=1, max_size=80).filter(str.strip)
 
 

@@ -106,6 +106,14 @@ def test_document_options_reach_the_reader(nsa, tree, monkeypatch) -> None:
     assert files("--no-gitignore") == sorted([*everything, "ignored"])
     assert files("--hidden") == sorted([*everything, ".gitignore", ".hidden"])
     assert files("--no-default-ignores") == sorted([*everything, "yarn.lock"])
+    assert files("--keep", "locks") == sorted([*everything, "yarn.lock"])
+    (tree / ".nsaignore").write_text("large\n")
+    assert (files(), files("--no-nsaignore")) == (["a.py", "tests/b.py"], everything)
+    (tree / ".nsaignore").unlink()
+    (tree / "t.csv").write_text("a,b\n" * 300)
+    assert len(json.loads(nsa("plan", tree, "--json").out)["skipped"]) == 2
+    assert len(json.loads(nsa("plan", tree, "--json", "--all-rows", "--encoding", "latin-1").out)["skipped"]) == 1
+    (tree / "t.csv").unlink()
     assert files("--max-file-size", "2.9k") == ["a.py", "tests/b.py"]
     assert files("--include", "*.py", "--exclude", "/tests") == ["a.py"]
 

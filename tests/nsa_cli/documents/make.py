@@ -25,6 +25,11 @@ def pdf(pages: list[str], labels: str = "") -> bytes:
         font = "/Resources << /Font << /F1 3 0 R >> >>"
         objects.append(f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] {font} /Contents {5 + 2 * i} 0 R >>")
         objects.append(f"<< /Length {len(content)} >>\nstream\n{content}\nendstream")
+    return pdf_file(objects)
+
+
+def pdf_file(objects: list[str]) -> bytes:
+    """Objects 1, 2, ... of which the first is the catalog."""
     data, offsets = b"%PDF-1.4\n", []
     for number, body in enumerate(objects, 1):
         offsets.append(len(data))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nsa_cli.documents import ReadOptions, archive, read_documents
+from nsa_cli.documents import ReadOptions, archive, pdf, read_documents
 from nsa_cli.documents.document import Extract, NotText
 from nsa_cli.documents.readers import extract
 from nsa_models.errors import InputError
@@ -80,8 +80,26 @@ def test_xml_bombs_are_refused() -> None:
     assert expected in refusal(make.archive({"word/document.xml": outside}))
 
 
+def test_pdf_bombs_end(monkeypatch) -> None:
+    catalog, font = "<< /Type /Catalog /Pages 2 0 R >>", "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"
+    loop = "<< /Type /Pages /Kids [2 0 R] /Count 1 >>"
+    assert "damaged PDF" in refusal(make.pdf_file([catalog, loop]))
+    pages = "<< /Type /Pages /Kids [4 0 R] /Count 1 >>"
+    page = "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 9 9] /Contents 5 0 R /Resources {} >>"
+    drawn = "/XObject << /X {} 0 R >>"
+    form = "<< /Type /XObject /Subtype /Form /BBox [0 0 9 9] /Resources << {} >> /Length {} >>\nstream\n{}\nendstream"
+    tenfold = [form.format(drawn.format(7 + i), 60, "/X Do " * 10) for i in range(8)]  # 10^8 times what is inmost
+    inmost = form.format("/Font << /F 3 0 R >>", 23, "BT /F 9 Tf (ha) Tj ET  ")
+    content = "<< /Length 5 >>\nstream\n/X Do\nendstream"
+    laughs = [catalog, pages, font, page.format("<< " + drawn.format(6) + " >>"), content, *tenfold, inmost]
+    assert len(extract(make.pdf_file(laughs), "x", OPTIONS).text) < 1_000_000
+    monkeypatch.setattr(pdf, "MAX_TEXT", 100)
+    assert "more than 100 characters" in refusal(make.pdf(["word " * 30]))
+
+
 def test_deep_nesting_is_no_crash() -> None:
     assert "word" in extract(("<html>" + "<div>" * 1_000 + "word").encode(), "x.html", OPTIONS).text
+    assert "over the limit of 16,000,000" in refusal(b"<html>" + b"x" * 16_000_000, "x.html")
     assert "nested over 2,000 deep" in refusal(("<html>" + "<b><div>" * 50_000).encode(), "x.html")
     assert "nested" in refusal(make.docx("<w:tbl>" * 300 + make.paragraph("x") + "</w:tbl>" * 300))
     assert "damaged notebook" in refusal(b"[" * 100_000, "x.ipynb")

@@ -173,6 +173,10 @@ def test_own_ignore_files_and_defaults(tmp_path) -> None:
     assert found(tmp_path, ReadOptions()) == ["c", "sub/a", "uv.lock"]
     everything = ["c", "e.min.js", "node_modules/d", "sub/a", "uv.lock", "yarn.lock"]
     assert found(tmp_path, ReadOptions(default_ignores=False)) == everything
+    assert found(tmp_path, ReadOptions(keep=("locks",))) == ["c", "sub/a", "uv.lock", "yarn.lock"]
+    assert found(tmp_path, ReadOptions(keep=("minified", "packages"), own_ignores=False)) == sorted(
+        ["a", "b", "c", "e.min.js", "node_modules/d", "sub/a"]
+    )
 
 
 def test_include_and_exclude_work_together(tmp_path) -> None:
@@ -182,6 +186,29 @@ def test_include_and_exclude_work_together(tmp_path) -> None:
     assert found(tmp_path, ReadOptions(include=("/docs", "*.py"), exclude=("old", "/src"))) == ["a.py", "docs/c.md"]
     assert found(tmp_path, ReadOptions(include=("*.md", "!b.md"))) == ["docs/c.md", "docs/old/d.md"]
     assert found(tmp_path, ReadOptions(exclude=("project/docs", "*.py")), "project/") == ["b.md", "src/docs/e.c"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(PATHS, min_size=1, max_size=8), st.lists(st.tuples(PATHS, PATHS), max_size=6))
+def test_followed_links_end_and_no_directory_is_read_twice(paths, links) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder, "root").resolve()
+        root.mkdir()
+        make_tree(root, paths, {})
+        for at, target in links:
+            try:
+                (root / at).parent.mkdir(parents=True, exist_ok=True)
+                (root / at).symlink_to(root / target if len(at) % 2 else Path(target))
+            except OSError:
+                continue
+        options = ReadOptions(hidden=True, default_ignores=False, gitignore=False, follow_links=True)
+        read = found(root, options)
+        assert len(read) == len(set(read))
+        directories = [(root / path).parent.resolve() / Path(path).name for path in read]
+        assert len(directories) == len(set(directories))
+        # What is there without a link is read all the same, under its own name or another's.
+        real = {(root / path).resolve() for path in read}
+        assert {(root / path).resolve() for path in found(root, EVERYTHING)} <= real
 
 
 def test_links_are_named_and_never_followed(tmp_path) -> None:

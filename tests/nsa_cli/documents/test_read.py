@@ -8,6 +8,7 @@ import pytest
 
 from nsa_cli.documents import Document, ReadOptions, Skip, read, read_documents
 from nsa_models.errors import InputError
+from tests.nsa_cli.documents import make
 
 OPTIONS = ReadOptions()
 
@@ -64,6 +65,14 @@ def test_every_skip_has_its_reason(tree) -> None:
         Skip("link", "symbolic link; --follow-links reads it"),
     ]
     assert "big.txt" in paths(read_documents(["."], ReadOptions(max_file_bytes=4_000_000))[0])
+
+
+def test_books_of_a_directory_may_be_larger_than_texts(tree) -> None:
+    data = make.docx(make.paragraph("words"), **{"media/picture": os.urandom(1_100_000)})
+    (tree / "book.docx").write_bytes(data)
+    assert "book.docx" in paths(read_documents(["."], OPTIONS)[0])
+    _, skips = read_documents(["."], ReadOptions(max_file_bytes=500_000))
+    assert skips == [Skip("book.docx", "1.1 MB, over the limit of 500 kB")]
 
 
 def test_a_named_file_is_read_in_spite_of_limits_ignore_files_and_includes(tree) -> None:

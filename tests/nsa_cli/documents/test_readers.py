@@ -100,7 +100,8 @@ def test_docx_has_headings_lists_tables_and_notes() -> None:
 def test_html_is_its_text_without_what_surrounds_it() -> None:
     page = (
         "<!doctype html><html><head><title>T</title><style>p{}</style></head><body><nav>menu</nav><main><h1>One &amp; "
-        "two</h1><p>A <b>bold</b>\n word<br>next</p><ul><li>a<li>b</ul><pre>  x\n    y</pre><script>no()</script>"
+        "two<a href='#x'>¶</a></h1>"
+        "<p>A <b>bold</b>\n word<br>next</p><ul><li>a<li>b</ul><pre>  x\n    y</pre><script>no()</script>"
         "<table><tr><td>1<td>2</table></main><footer>foot</footer></body></html>"
     )
     for name in ("page.html", "<stdin>"):
