@@ -135,10 +135,13 @@ def test_imports_are_listed_as_json(nsa, repo):
     assert all(list(item) == ["modules", "purpose"] for item in reply["data"])
 
 
-def test_a_changelog_comes_from_piped_commits(nsa, repo):
+def test_a_changelog_comes_from_the_repositorys_or_piped_commits(nsa, repo, monkeypatch):
     log = subprocess.run(["git", "-C", repo, "log", "--oneline"], capture_output=True, text=True, check=True).stdout
     assert run(nsa, "changelog", "--version", "1.2", *BRIEF, stdin=log)["answer"]
     assert nsa("run", "changelog", stdin="").code == 3
+    monkeypatch.chdir(repo)
+    own = run(nsa, "changelog", "--log", 5, *BRIEF)
+    assert own["answer"] and own["usage"]["prompt_tokens"] < 500  # the log, not the files
 
 
 def test_a_book_is_summarized_by_way_of_its_chapters(nsa, book):
