@@ -483,8 +483,8 @@ def query_tiles(G: int, D: int, Dv: int, block: int, bytes: int, target: str) ->
 
 
 def block_tiles(G: int, D: int, Dv: int, block: int, bytes: int, target: str) -> dict[str, int]:
-    """Tiles and launch settings of the kernels by block: N of its keys, M rows at a time. On sm_80 dk and dv with M = 64
-    spill nothing at D = Dv = 128 and 532 bytes at 192 and 128, with M = 32 there 60; gfx942 none with 32 on four warps.
+    """Tiles and launch settings of the kernels by block: N of its keys, M rows at a time. On sm_80 dk and dv with M =
+    64 spill nothing at D = Dv = 128 and 532 bytes at 192 and 128, with M = 32 there 60; gfx942 none with 32.
     """
     keys = min(32 if bytes == 4 else 64, max(16, triton.next_power_of_2(block)))
     if target.startswith("hip") or bytes == 4:
