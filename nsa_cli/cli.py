@@ -17,6 +17,7 @@ COMMANDS = {
     "plan": ("nsa_cli.commands.plan", "Show what a question would read: files, tokens, memory, time."),
     "models": ("nsa_cli.commands.models", "Install, list and check checkpoints."),
     "convert": ("nsa_cli.commands.convert", "Make an NSA checkpoint from a dense one."),
+    "train": ("nsa_cli.commands.train", "Train an NSA model, or go on training one."),
     "cache": ("nsa_cli.commands.cache", "List and remove stored contexts."),
     "bench": ("nsa_cli.commands.bench", "Measure prefill and decode speed on this machine."),
 }

@@ -67,10 +67,15 @@ def say_skipped(skips: Sequence["Skip"]) -> None:
         say(f"nsa: not read: {', '.join(f'{skip.path} ({skip.reason})' for skip in shown)}{more}")
 
 
+def shows_bars() -> bool:
+    """Whether stderr is a terminal that a bar may be drawn on."""
+    return verbosity() >= NORMAL and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
 @contextmanager
 def progress(label: str, total: int, unit: str = "tokens") -> Iterator[Callable[[int, int], None]]:
     """Yield `advance(done, total)`. A bar on a terminal; elsewhere nothing, or with -v a line per tenth."""
-    if verbosity() >= NORMAL and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+    if shows_bars():
         from tqdm import tqdm
 
         with tqdm(desc=label, total=total, unit=f" {unit}", leave=False, dynamic_ncols=True, file=sys.stderr) as bar:
