@@ -25,6 +25,7 @@ COMMANDS = {
     "pack": ("nsa_cli.commands.pack", "Write files and folders as one text, without running a model."),
     "models": ("nsa_cli.commands.models", "Install, list and check checkpoints."),
     "convert": ("nsa_cli.commands.convert", "Make an NSA checkpoint from a dense one."),
+    "train": ("nsa_cli.commands.train", "Train an NSA model, or go on training one."),
     "cache": ("nsa_cli.commands.cache", "List and remove stored contexts."),
     "config": ("nsa_cli.commands.config", "Show the settings in force and where they come from."),
     "doctor": ("nsa_cli.commands.doctor", "Check what nsa needs on this machine, with remedies."),

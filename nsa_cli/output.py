@@ -158,10 +158,15 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def shows_bars() -> bool:
+    """Whether stderr is a terminal that a bar may be drawn on."""
+    return verbosity() >= NORMAL and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
 @contextmanager
 def progress(label: str, total: int, unit: str = "tokens") -> Iterator[Callable[[int, int], None]]:
     """Yield `advance(done, total)`. A bar on a terminal; elsewhere nothing, or with -v a line per tenth."""
-    if verbosity() >= NORMAL and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+    if shows_bars():
         from tqdm import tqdm
 
         with tqdm(desc=label, total=total, unit=f" {unit}", leave=False, dynamic_ncols=True, file=sys.stderr) as bar:
