@@ -255,7 +255,7 @@ def record(tokens: int, speeds: dict[str, Speed], **about) -> dict:
 
 
 HEADER = (
-    f"{'tokens':>9}  {'attention':9}  {'prefill tokens/s':>23}  {'decode tokens/s':>23}  {'of matrix rate':>14}  "
+    f"{'tokens':>9}  {'attention':9}  {'prefill tokens/s':>25}  {'decode tokens/s':>25}  {'of matrix rate':>14}  "
     f"{'peak memory':>11}"
 )
 
@@ -263,7 +263,7 @@ HEADER = (
 def row(tokens: int, name: str, speed: Speed) -> str:
     """A line under HEADER."""
     return (
-        f"{tokens:>9,}  {name:9}  {_range(speed.prefill):>23}  {_range(speed.decode):>23}  {speed.share:>14.0%}  "
+        f"{tokens:>9,}  {name:9}  {_range(speed.prefill):>25}  {_range(speed.decode):>25}  {speed.share:>14.0%}  "
         f"{format_bytes(speed.peak_bytes):>11}"
     )
 

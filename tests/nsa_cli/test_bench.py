@@ -19,6 +19,7 @@ from nsa_models.cost import BRANCHES, cache_bytes
 from nsa_models.errors import BudgetError, InputError
 from nsa_models.transformer import NSAModel
 
+HELP = {"help_option_names": ["-h", "--help"]}  # as the group gives them: a command keeps the first it is asked for
 CONFIG = NSAConfig(
     vocab_size=256,
     hidden_size=64,
@@ -59,7 +60,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(checkpoint: Path, *args: str):
     # One repeat and few tokens: what is tested is what is reported, not how steady it is.
     settings = ["--model", str(checkpoint), "--lengths", "700,300", "--decode", "5", "--repeat", "2"]
-    return CliRunner().invoke(command, [*settings, *args], catch_exceptions=False)
+    return CliRunner().invoke(command, [*settings, *args], catch_exceptions=False, **HELP)
 
 
 def test_json_has_one_object_per_length(checkpoint: Path) -> None:
@@ -106,7 +107,7 @@ def test_the_text_option_is_what_is_read(checkpoint: Path, tmp_path: Path, monke
 
 def run_error(checkpoint: Path, *args: str) -> BaseException:
     settings = ["--model", str(checkpoint), "--lengths", "300", *args]
-    return CliRunner().invoke(command, settings).exception
+    return CliRunner().invoke(command, settings, **HELP).exception
 
 
 def test_lengths_that_do_not_fit_are_refused_before_loading(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ def test_fla_checkpoint_gives_flas_logits(device, monkeypatch) -> None:
 
     if not (ORACLES / "fla_nsa_tiny").exists():
         pytest.skip("no oracle files beside the checkout (../shared/oracles)")
-    monkeypatch.setattr(dispatch, "_implementation", lambda x: gpu)
+    monkeypatch.setattr(dispatch, "_implementation", lambda *_: gpu)
     expected = load_file(ORACLES / "fla_nsa_tiny" / "expected.safetensors")
     model = load_model(ORACLES / "fla_nsa_tiny", device, torch.float32)
     logits = model(expected["input_ids"].long().to(device)[:100])
