@@ -12,7 +12,7 @@ from nsa_cli.documents import Document, ReadOptions, Skip, read_documents
 from nsa_cli.held import Held
 from nsa_cli.jobs import Job, groups
 from nsa_cli.output import describe, progress, say, say_skipped
-from nsa_cli.recipe import find_recipe, load_recipe
+from nsa_cli.recipe import Recipe, find_recipe, load_recipe
 from nsa_cli.records import RecordFile, RecordStream
 from nsa_cli.steps import run_recipe
 from nsa_models.errors import BatchError, InputError
@@ -30,64 +30,54 @@ class Settings:
     read: ReadOptions
     request: Request
     reproducible: bool = False
-    explicit: frozenset[str] = frozenset()  # options that were typed: in them a recipe does not decide
+    explicit: frozenset[str] = frozenset()  # of the request, what was typed: there a recipe does not decide
 
     def digest(self, job: Job, model: str) -> str:
         """12 hex digits of what an answer depends on: the job, these settings and the model (its fingerprint)."""
-        about = [asdict(replace(job, line=0, id=None)), asdict(replace(self.request, held=None)), asdict(self.read)]
-        about += [self.reproducible, sorted(self.explicit), model, recipe_text(job.recipe) if job.recipe else ""]
+        request = replace(self.request, held=None, use_store=True)  # neither changes an answer
+        about = [asdict(replace(job, line=0, id=None)), asdict(request), asdict(self.read), self.reproducible, model]
+        if job.recipe:
+            about += [sorted(self.explicit), recipe_text(job.recipe)]
         text = json.dumps(about, sort_keys=True)
         return sha256(text.encode()).hexdigest()[:12]
 
 
-class Worker:
-    """Answers jobs with one checkpoint. Jobs about one document, one after the other, have it read once."""
+@dataclass(frozen=True)
+class Task:
+    """A job with all that answering it takes, so that it can be answered on another machine.
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
-        self.checkpoint, self.settings = checkpoint, settings
-        self.request = replace(settings.request, held=Held())
-        self.document: tuple | None = None
-        self.context: Context | None = None
+    failed: what went wrong before that, with its exit code.
+    """
 
-    def record(self, job: Job) -> dict:
-        """The job's line of the output; what went wrong is in it."""
-        result: dict = {"schema_version": SCHEMA_VERSION}
+    job: Job
+    documents: Sequence[Document] = ()
+    skips: Sequence[Skip] = ()
+    recipe: Recipe | None = None
+    failed: tuple[str, int] | None = None
+
+
+class Reader:
+    """Jobs -> tasks. Documents are read anew when they are not those of the job before."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.read: tuple | None = None  # what `documents` and `skips` were read from
+        self.documents: Sequence[Document] = ()
+        self.skips: Sequence[Skip] = ()
+
+    def task(self, job: Job) -> Task:
         try:
-            reply = self.answer(job)
-            result = reply.to_json()
-            if self.settings.reproducible:
-                del result["timings"], result["usage"]["cached_tokens"]
-            if job.recipe:
-                reply.require()
+            if job.problem:
+                raise InputError(job.problem)
+            recipe = load_recipe(job.recipe).bind(job.params) if job.recipe else None
+            options = recipe.read_options(self.settings.read) if recipe else self.settings.read
+            if self.read != (job.document, options):
+                self.read = None
+                self.documents, self.skips = documents_of(job, options)
+                self.read = job.document, options
         except Exception as error:
-            message, code = describe(error)
-            result["error"] = {"message": message, "exit_code": code}
-        return {"id": job.id, **result, "job": self.settings.digest(job, self.checkpoint.model.fingerprint)}
-
-    def answer(self, job: Job) -> Answer:
-        if job.problem:
-            raise InputError(job.problem)
-        if job.recipe:
-            recipe = load_recipe(job.recipe).bind(job.params)
-            context = self.read(job, recipe.read_options(self.settings.read))
-            reply = run_recipe(self.checkpoint, recipe, context, self.request, silent, self.settings.explicit)
-        else:
-            reply = answer(self.checkpoint, self.read(job, self.settings.read), job.question, self.request, silent)
-        if reply.finish_reason == "interrupted":
-            raise KeyboardInterrupt
-        return reply
-
-    def read(self, job: Job, options: ReadOptions) -> "Context":
-        """The job's document, if it is not that of the job before."""
-        from nsa_cli.context import build_context
-
-        if self.document != (job.document, options):
-            self.document = self.context = None
-            self.request.held.drop()
-            documents, skips = documents_of(job, options)
-            self.context = build_context(documents, self.checkpoint.tokenizer, skips)
-            self.document = job.document, options
-        return self.context
+            return Task(job, failed=describe(error))
+        return Task(job, self.documents, self.skips, recipe)
 
 
 def documents_of(job: Job, options: ReadOptions) -> tuple[list[Document], list[Skip]]:
@@ -96,6 +86,56 @@ def documents_of(job: Job, options: ReadOptions) -> tuple[list[Document], list[S
     documents, skips = read_documents(job.paths, options)
     say_skipped(skips)
     return documents, skips
+
+
+class Worker:
+    """Tasks -> records, with one checkpoint. The documents of the last task stay encoded, and read in memory."""
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
+        self.checkpoint, self.settings = checkpoint, settings
+        self.request = replace(settings.request, held=Held())
+        self.documents: Sequence[Document] = ()
+        self.context: Context | None = None
+
+    def record(self, task: Task) -> dict:
+        """The task's line of the output; what went wrong is in it."""
+        result: dict = {"schema_version": SCHEMA_VERSION}
+        failed = task.failed
+        try:
+            if not failed:
+                reply = self.answer(task)
+                result = reply.to_json()
+                if self.settings.reproducible:
+                    del result["timings"], result["usage"]["cached_tokens"]
+                if task.recipe:
+                    reply.require()
+        except Exception as error:
+            failed = describe(error)
+        return {"id": task.job.id} | result | (error_of(*failed) if failed else {})
+
+    def answer(self, task: Task) -> Answer:
+        context = self.encode(task)
+        if task.recipe:
+            reply = run_recipe(self.checkpoint, task.recipe, context, self.request, silent, self.settings.explicit)
+        else:
+            reply = answer(self.checkpoint, context, task.job.question, self.request, silent)
+        if reply.finish_reason == "interrupted":
+            raise KeyboardInterrupt
+        return reply
+
+    def encode(self, task: Task) -> "Context":
+        from nsa_cli.context import build_context
+
+        if self.context is None or self.documents != task.documents:
+            self.context = None
+            self.request.held.drop()
+            self.context = build_context(task.documents, self.checkpoint.tokenizer, task.skips)
+            self.documents = task.documents
+        return self.context
+
+
+def error_of(message: str, exit_code: int) -> dict:
+    return {"error": {"message": message, "exit_code": exit_code}}
 
 
 def recipe_text(name: str) -> str:
@@ -113,10 +153,10 @@ def local_engine(checkpoint: Checkpoint, settings: Settings) -> Engine:
     """Jobs in this process, one after the other."""
 
     def run(grouped: Sequence[Sequence[Job]]) -> Iterator[tuple[Job, dict]]:
-        worker = Worker(checkpoint, settings)
+        reader, worker = Reader(settings), Worker(checkpoint, settings)
         for group in grouped:
             for job in group:
-                yield job, worker.record(job)
+                yield job, worker.record(reader.task(job))
 
     return run
 

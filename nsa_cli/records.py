@@ -2,11 +2,11 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
-from nsa_cli.output import emit, write_atomically
+from nsa_cli.output import write_atomically
 from nsa_models.errors import InputError
 
 START = b'{"id": '  # of every record
@@ -17,25 +17,27 @@ def encode(record: dict) -> bytes:
 
 
 class RecordStream:
-    """Records to `write` in the order of `keys`: one that comes earlier waits for those before it."""
+    """Records to a file that stays open, in the order of the jobs: one that comes earlier waits for those before it."""
 
     resumable = False
 
-    def __init__(self, keys: Iterable[str], write: Callable[[str], object] = emit) -> None:
-        self.keys, self.write = list(keys), write
+    def __init__(self, digests: dict[str, str], file: TextIO) -> None:
+        self.digests, self.keys, self.file = digests, list(digests), file
         self.waiting: dict[str, bytes] = {}
         self.done: frozenset[str] = frozenset()  # nothing is known of earlier runs
 
     def add(self, key: str, record: dict) -> None:
-        self.waiting[key] = encode(record)
+        self.waiting[key] = encode(record | {"job": self.digests[key]})
         while self.keys and self.keys[0] in self.waiting:
-            self.write(self.waiting.pop(self.keys.pop(0)).decode())
+            self.file.write(self.waiting.pop(self.keys.pop(0)).decode())
+        self.file.flush()
 
     def close(self) -> None:
         """Write what waits for records that will not come."""
         for key in self.keys:
             if key in self.waiting:
-                self.write(self.waiting.pop(key).decode())
+                self.file.write(self.waiting.pop(key).decode())
+        self.file.flush()
 
 
 class RecordFile:
@@ -52,7 +54,7 @@ class RecordFile:
 
         Raises InputError if the file holds something else, answers to other jobs, or is being written by another run.
         """
-        self.path, self.keys = Path(os.path.realpath(path)), list(digests)
+        self.path, self.digests = Path(os.path.realpath(path)), digests
         self.file = lock(self.path)
         try:
             found = self.file.read()
@@ -68,13 +70,13 @@ class RecordFile:
             raise
 
     def add(self, key: str, record: dict) -> None:
-        self.lines[key] = encode(record)
+        self.lines[key] = encode(record | {"job": self.digests[key]})
         self.file.write(self.lines[key])
         self.file.flush()
 
     def close(self) -> None:
         try:
-            ordered = b"".join(self.lines[key] for key in self.keys if key in self.lines)
+            ordered = b"".join(self.lines[key] for key in self.digests if key in self.lines)
             if ordered != b"".join(self.lines.values()):
                 write_atomically(self.path, ordered)
         finally:

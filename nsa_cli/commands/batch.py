@@ -8,13 +8,10 @@ from pathlib import Path
 
 import click
 
-from nsa_cli.batch import Settings, local_engine, run_batch
-from nsa_cli.commands.options import (
-    answer_options,
-    checkpoint_options,
-    document_options,
-    verbosity_options,
-)
+from nsa_cli.answer import Request
+from nsa_cli.batch import Engine, Settings, local_engine, run_batch
+from nsa_cli.checkpoint import Checkpoint
+from nsa_cli.commands.options import answer_options, checkpoint_options, document_options, verbosity_options
 from nsa_cli.commands.run import explicit
 from nsa_cli.completion import complete_paths
 from nsa_cli.jobs import parse_jobs
@@ -28,11 +25,16 @@ from nsa_models.errors import InputError
 @click.option("--restart", is_flag=True, help="Keep nothing of the -o file; answer all jobs anew.")
 @click.option("--keep-going/--fail-fast", default=True, show_default=True, help="What to do when a job fails.")
 @click.option("--reproducible", is_flag=True, help="Leave timings and cached_tokens out: runs write the same bytes.")
+@click.option(
+    "--engine", type=click.Choice(["local", "ray"]), default="local", help="Where: here, or on a Ray cluster."
+)
+@click.option("--address", metavar="HOST:PORT", help="The Ray cluster's. Default: start one on this machine.")
+@click.option("--workers", type=click.IntRange(1), help="On the cluster. Default: one a GPU, or one a machine.")
 @document_options
 @answer_options
 @checkpoint_options
 @verbosity_options
-def command(jobs, output, restart, keep_going, reproducible, read, request, checkpoint) -> None:
+def command(jobs, output, restart, keep_going, reproducible, engine, read, request, checkpoint, **cluster) -> None:
     """Answer the JOBS of a file, or of standard input (`-`): one JSON object a line in, one a line out.
 
     A job is {"id", "paths": [...] or "text", "question" or "recipe" with "params"}. Its record is what `nsa ask --json`
@@ -44,28 +46,50 @@ def command(jobs, output, restart, keep_going, reproducible, read, request, chec
     The same command goes on after a run that was stopped or killed: answers in the -o file are kept, errors are tried
     again. Exit code 7 if some jobs failed.
 
+    With `--engine ray` (pip install 'nsa[ray]') the workers of a Ray cluster answer. nsa and the model must be
+    installed on its machines; documents and recipes are read here. Jobs about the same document stay with one worker;
+    the job of a worker that dies is tried again, three times at most.
+
     \b
       nsa batch jobs.jsonl -o answers.jsonl
       nsa batch jobs.jsonl -o answers.jsonl --max-tokens 200 --fail-fast
+      nsa batch jobs.jsonl -o answers.jsonl --engine ray --address auto
       jq -c '{id: .n, paths: ["src"], question: .q}' questions.jsonl | nsa batch - | jq -r .answer
     """
+    if engine == "local" and any(cluster.values()):
+        raise click.UsageError("--address and --workers are for --engine ray")
     listed = parse_jobs(read_jobs(jobs, output))
-    settings = Settings(read, request, reproducible, frozenset(explicit()))
+    settings = Settings(read, request, reproducible, typed(request))
     digests = {job.key: settings.digest(job, checkpoint.model.fingerprint) for job in listed}
     with open_records(output, digests, restart) as records:
-        run_batch(listed, local_engine(checkpoint, settings), records, keep_going)
+        run_batch(listed, make_engine(engine, checkpoint, settings, **cluster), records, keep_going)
+
+
+def make_engine(
+    name: str, checkpoint: Checkpoint, settings: Settings, address: str | None, workers: int | None
+) -> Engine:
+    if name == "local":
+        return local_engine(checkpoint, settings)
+    from nsa_cli.cluster import ray_engine
+
+    return ray_engine(checkpoint, settings, address, workers)
+
+
+def typed(request: Request) -> frozenset[str]:
+    """The fields of the request that are from the command line."""
+    return frozenset(explicit() & {*vars(request), *vars(request.sampling)})
 
 
 @contextmanager
 def open_records(output: str | None, digests: dict[str, str], restart: bool) -> Iterator[RecordStream | RecordFile]:
     """Records on stdout, in a file to go on from, or into what is no regular file (/dev/null, a named pipe)."""
     if output in (None, "-"):
-        with closing(RecordStream(digests)) as records:
+        with closing(RecordStream(digests, sys.stdout)) as records:
             yield records
     elif os.path.exists(output) and not os.path.isfile(output):
         with (
-            open(output, "w", encoding="utf-8", buffering=1) as stream,
-            closing(RecordStream(digests, stream.write)) as records,
+            open(output, "w", encoding="utf-8") as stream,
+            closing(RecordStream(digests, stream)) as records,
         ):
             yield records
     else:
