@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-WORDS = "the boat left harbour at dawn and the keeper lit a lamp while rain fell on the old stone pier".split()
+WORDS = ("the", "boat", "left", "harbour", "at", "dawn", "and", "keeper", "lit", "a", "lamp", "while", "rain", "fell")
 
 
 @pytest.fixture(autouse=True)
