@@ -23,7 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa_kernels.reference import compress, select_blocks
+from nsa_kernels import reference
+from nsa_kernels.reference import Phi, select_blocks
 from nsa_kernels.rows import over_tasks
 from nsa_kernels.variant import Variant
 
@@ -33,6 +34,19 @@ TILE = 64  # queries per tile: with G = 3 and 1024 compressed keys the scores ta
 MERGE_ROWS = 256
 GATHER_ROWS = 16
 LOG2_E = math.log2(math.e)  # in the scores, so that exp2 does: 1.8 G elements/s a thread, exp 0.3 in place
+
+
+def compress(x: Tensor, variant: Variant, phi: Phi = None, position: Tensor | None = None) -> Tensor:
+    """As `reference.compress`. Means are sums of d tokens, each summed once, of which overlapping blocks share."""
+    l, d = variant.compress_block, variant.compress_stride
+    NC = variant.compressed_count(x.shape[0])
+    if phi is not None or NC == 0:
+        return reference.compress(x, variant, phi, position)
+    runs = x.transpose(0, 1)[:, : (NC - 1) * d + l].unflatten(1, (-1, d)).sum(2, dtype=torch.float32)  # (HKV, ., D)
+    mean = sum(runs[:, i : i + NC] for i in range(l // d)) / l
+    if position is not None:
+        mean += position.float().mean(1, keepdim=True)
+    return mean.transpose(0, 1).to(x.dtype)
 
 
 class Part(NamedTuple):

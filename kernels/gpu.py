@@ -1,11 +1,14 @@
 """NSA on a GPU: the Triton kernels put together, with the signatures of `reference`."""
 
+import torch
 from torch import Tensor
 
 from nsa_kernels import ranged, selected
+from nsa_kernels.combine import combine
 from nsa_kernels.flash import flash_attention
 from nsa_kernels.reference import compress
 from nsa_kernels.select import select_blocks
+from nsa_kernels.tiles import last_dense
 from nsa_kernels.variant import Variant
 
 __all__ = ["compress", "dense_attention", "nsa_attention"]
@@ -31,17 +34,30 @@ def nsa_attention(
     NC, q_cmp = variant.compressed_count(S), q if q_cmp is None else q_cmp
     k, v, k_cmp, v_cmp = k[:S], v[:S], k_cmp[:NC], v_cmp[:NC]
     k_swa, v_swa = k if k_swa is None else k_swa[:S], v if v_swa is None else v_swa[:S]
+    q, q_cmp, k, v, k_cmp, v_cmp, k_swa, v_swa = map(last_dense, (q, q_cmp, k, v, k_cmp, v_cmp, k_swa, v_swa))
     at = dict(offset=offset, scale=scale)
     o_cmp, lse = ranged.attention(
         q_cmp, k_cmp, v_cmp, block=variant.compress_block, stride=variant.compress_stride, **at
     )
-    chosen = select_blocks(q_cmp.detach(), k_cmp.detach(), lse, variant, **at)
-    o = gates[..., 0, None] * o_cmp + gates[..., 1, None] * selected.attention(
-        q, k, v, chosen, variant.select_block, **at
-    )
-    if variant.window:
-        o = o + gates[..., 2, None] * ranged.attention(q, k_swa, v_swa, window=variant.window, **at)[0]
-    return o, chosen
+    if variant.topk == "exact" and variant.block_count(S) <= variant.select_count:
+        chosen = _all_blocks(q, k.shape[1], variant, offset)
+        o_slc = flash_attention(q, k, v, **at)
+    else:
+        chosen = select_blocks(q_cmp.detach(), k_cmp.detach(), lse, variant, **at)
+        o_slc = selected.attention(q, k, v, chosen, variant.select_block, **at)
+    # Apart from the selected branch: rows of 8 queries (G = 16) share a tile of the window's keys, where a query of the
+    # selected branch would read 512 keys of its own, half as much again as its blocks.
+    o_swa = ranged.attention(q, k_swa, v_swa, window=variant.window, **at)[0] if variant.window else None
+    return combine(o_cmp, o_slc, o_swa, gates), chosen
+
+
+def _all_blocks(q: Tensor, heads: int, variant: Variant, offset: int) -> Tensor:
+    """What is chosen while n blocks cover the context, (T, HKV, n): every block that a query may see. The selected
+    branch is dense attention then.
+    """
+    block = torch.arange(variant.select_count, device=q.device, dtype=torch.int32)
+    current = torch.arange(offset, offset + q.shape[0], device=q.device)[:, None] // variant.select_block
+    return torch.where(block <= current, block, -1)[:, None].expand(-1, heads, -1).contiguous()
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, offset: int = 0, scale: float | None = None) -> Tensor:

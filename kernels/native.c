@@ -73,13 +73,8 @@ static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-static inline float from_bf16(uint16_t x)
-{
-    uint32_t bits = (uint32_t)x << 16;
-    float y;
-    memcpy(&y, &bits, 4);
-    return y;
-}
+static inline float float_of(uint32_t bits) { float x; memcpy(&x, &bits, sizeof x); return x; }
+static inline float from_bf16(uint16_t x) { return float_of((uint32_t)x << 16); }
 
 static inline uint16_t to_bf16(float x) /* round to nearest, ties to even */
 {
@@ -112,6 +107,17 @@ static inline float maximum(const float *x, int64_t n) /* n a multiple of VL */
     float m = top[0];
     for (int i = 1; i < VL; i++) m = top[i] > m ? top[i] : m;
     return m;
+#endif
+}
+
+static inline uint32_t lanes(vi mask) /* bit i: lane i, which is 0 or -1 */
+{
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask((__m512i)mask);
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < VL; i++) bits |= (uint32_t)(mask[i] & 1) << i;
+    return bits;
 #endif
 }
 
@@ -165,25 +171,49 @@ static int64_t visible(const nsa_call *h, int64_t position)
     return smaller(n, h->NC);
 }
 
-/* The largest scores of blocks from..to-1 that `own` admits, at most n, as ascending block numbers behind chosen[used]. */
-static int64_t top(const float *score, int64_t from, int64_t to, int64_t n, float *best, int32_t *chosen)
+/* How many of `count` scores are larger than x; VL more can be read. */
+static int64_t larger_than(float x, const float *score, int64_t count)
 {
-    int64_t found = 0;
-    for (int64_t j = from; j < to; j++) {
-        if (found == n && !(score[j] > best[n - 1])) continue;
-        int64_t at = found < n ? found++ : n - 1;
-        for (; at > 0 && score[j] > best[at - 1]; at--) {
-            best[at] = best[at - 1];
-            chosen[at] = chosen[at - 1];
+    vi found = {0}, lane;
+    int64_t j = 0, sum = 0;
+    for (; j + VL <= count; j += VL) found -= load(score + j) > x;
+    for (int i = 0; i < VL; i++) lane[i] = i;
+    found -= (load(score + j) > x) & (lane < (int32_t)(count - j));
+    for (int i = 0; i < VL; i++) sum += found[i];
+    return sum;
+}
+
+/* The n of `count` blocks with the largest scores, ascending from block `first` on; of those that tie the first. Returns
+ * how many. Non-negative floats order as their bits do: the n-th largest is bisected in some 15 passes without a branch
+ * to guess wrong. */
+static int64_t top(const float *score, int64_t count, int64_t n, int64_t first, int32_t *chosen)
+{
+    int32_t few = 0x7f800000, many = -1; /* fewer than n scores are larger than the first, at least n than the second */
+    int64_t above = 0, found = 0;
+    if (count <= n) {
+        for (; found < count; found++) chosen[found] = (int32_t)(first + found);
+        return found;
+    }
+    while (above < n && few - many > 1) {
+        int32_t middle = many + (few - many) / 2;
+        int64_t larger = larger_than(float_of(middle), score, count);
+        if (larger > n) many = middle;
+        else few = middle, above = larger;
+    }
+    float least = float_of(few);
+    int64_t ties = n - above;
+    for (int64_t j = 0; j < count; j += VL) {
+        uint32_t kept = lanes(load(score + j) >= least) & (uint32_t)((1ull << smaller(VL, count - j)) - 1);
+        for (; kept; kept &= kept - 1) {
+            int64_t i = j + __builtin_ctz(kept);
+            if (score[i] > least || ties-- > 0) chosen[found++] = (int32_t)(first + i);
         }
-        best[at] = score[j];
-        chosen[at] = (int32_t)j;
     }
     return found;
 }
 
 /* Eq. 9, 11 and 12 for one query: group[c] is its heads' probability of compressed key c. */
-static void choose(const nsa_call *h, int64_t t, const float *group, int64_t keys, float *mapped, float *best)
+static void choose(const nsa_call *h, int64_t t, const float *group, int64_t keys, float *mapped)
 {
     int64_t current = (h->offset + t) / h->block, ratio = h->block / h->d, n = h->n, found;
     int32_t *chosen = h->chosen + t * h->chosen_stride;
@@ -193,20 +223,15 @@ static void choose(const nsa_call *h, int64_t t, const float *group, int64_t key
         store(mapped + c, sum);
     }
     float *score = mapped; /* block j's score is written where key j's was: never ahead of what is read */
-    for (int64_t j = 0; j <= current; j++)
-        score[j] = j < h->initial || j > current - h->local ? INFINITY : mapped[j * ratio];
+    for (int64_t j = 1; j <= current; j++) score[j] = mapped[j * ratio];
+    for (int64_t j = 0; j < smaller(h->initial, current + 1); j++) score[j] = INFINITY;
+    for (int64_t j = larger(0, current - h->local + 1); j <= current; j++) score[j] = INFINITY;
     if (h->chunk) {
         int64_t own = current / h->chunk * h->chunk;
-        found = top(score, 0, own, n / 2, best, chosen);
-        found += top(score, own, current + 1, n / 2, best, chosen + found);
+        found = top(score, own, n / 2, 0, chosen);
+        found += top(score + own, current + 1 - own, n / 2, own, chosen + found);
     } else {
-        found = top(score, 0, current + 1, n, best, chosen);
-    }
-    for (int64_t i = 1; i < found; i++) { /* ascending */
-        int32_t j = chosen[i];
-        int64_t at = i;
-        for (; at > 0 && chosen[at - 1] > j; at--) chosen[at] = chosen[at - 1];
-        chosen[at] = j;
+        found = top(score, current + 1, n, 0, chosen);
     }
     for (int64_t i = found; i < n; i++) chosen[i] = -1;
 }

@@ -232,11 +232,10 @@ static inline float NAME(update)(
     return alpha;
 }
 
-/* `count` keys from key0 on against the queries list[0..n), or first..first+n-1 where list is NULL. */
+/* `count` keys from key0 on against the queries list[0..n). */
 static void NAME(attend)(
     const nsa_call *h, const NAME(batch) *b, NAME(state) *state, int64_t width, int64_t key0, int64_t count,
-    const void *k, int64_t k_stride, const void *v, int64_t v_stride, const int32_t *list, int64_t first, int64_t n,
-    int64_t window)
+    const void *k, int64_t k_stride, const void *v, int64_t v_stride, const int32_t *list, int64_t n, int64_t window)
 {
     int64_t G = h->G, words = h->D / PER_WORD, padded = round_up(count, PW), at_once = larger(1, BATCH_ROWS / G);
     size_t size = h->kv_bf16 ? 2 : 4;
@@ -246,7 +245,7 @@ static void NAME(attend)(
     for (int64_t start = 0; start < n; start += at_once) {
         int64_t queries = smaller(n - start, at_once), rows = queries * G;
         for (int64_t r = 0; r < rows; r++) {
-            int64_t t = list ? list[start + r / G] : first + start + r / G;
+            int64_t t = list[start + r / G];
             b->a[r] = (const WORD *)h->q + t * h->q_stride / PER_WORD + r % G * words;
             b->c[r] = b->s + r * padded;
             b->pa[r] = b->p + r * padded / PER_WORD;
@@ -254,7 +253,7 @@ static void NAME(attend)(
         }
         NAME(gemm)(rows, b->a, b->keys, padded / PW, words * PW, words, b->c, NULL);
         for (int64_t r = 0; r < rows; r++) {
-            int64_t t = list ? list[start + r / G] : first + start + r / G, row = t * G + r % G;
+            int64_t t = list[start + r / G], row = t * G + r % G;
             int64_t end = h->offset + t - key0 + 1, lo = window ? larger(0, end - window) : 0;
             b->alpha[r] = NAME(update)(
                 b->c[r], (WORD *)b->pa[r], lo, smaller(end, count), padded, h->scale, state->l + row * VL, state->m + row);
@@ -273,10 +272,20 @@ static inline float NAME(gate)(const nsa_call *h, int64_t row, int which)
 #endif
 }
 
-/* acc += gate * o / l for every row. */
+/* Whether a branch counts for query t: a gate of 2^-20 moves a sum by 1/2048 of what bfloat16 rounds off. */
+static inline int NAME(open)(const nsa_call *h, int64_t t, int which)
+{
+    const float closed = BF16 ? 0x1p-20f : 0;
+    for (int64_t r = t * h->G; r < (t + 1) * h->G; r++)
+        if (!(NAME(gate)(h, r, which) <= closed)) return 1;
+    return 0;
+}
+
+/* acc += gate * o / l for every row of an open branch. */
 static void NAME(add_branch)(const nsa_call *h, const NAME(state) *state, int64_t width, int which, float *acc)
 {
     for (int64_t r = 0; r < h->T * h->G; r++) {
+        if (!NAME(open)(h, r / h->G, which)) continue;
         float weight = NAME(gate)(h, r, which) / total(load(state->l + r * VL));
         for (int64_t i = r * width; i < (r + 1) * width; i += VL) store(acc + i, load(acc + i) + load(state->o + i) * weight);
     }
@@ -292,7 +301,7 @@ static void NAME(compressed)(const nsa_call *h, float *acc, int64_t width, arena
     int64_t margin = round_up(larger(labs(h->weight_first), h->weight_first + h->weights), VL) + VL;
     NAME(batch) b = NAME(new_batch)(memory, at_once * G, padded, h->D, width);
     float *group = take(memory, (mapped_keys + 2 * margin) * sizeof(float));
-    float *mapped = take(memory, mapped_keys * sizeof(float)), *best = take(memory, h->n * sizeof(float));
+    float *mapped = take(memory, (mapped_keys + VL) * sizeof(float));
     if (memory->failed) return;
     memset(group, 0, (mapped_keys + 2 * margin) * sizeof(float));
     group += margin;
@@ -322,7 +331,13 @@ static void NAME(compressed)(const nsa_call *h, float *acc, int64_t width, arena
                 }
                 b.alpha[r] = NAME(gate)(h, start * G + r, 0) * inverse;
             }
-            choose(h, start + i, group, round_up(((h->offset + start + i) / h->block + 1) * (h->block / h->d), VL), mapped, best);
+            choose(h, start + i, group, round_up(((h->offset + start + i) / h->block + 1) * (h->block / h->d), VL), mapped);
+        }
+        int any = 0;
+        for (int64_t i = 0; i < queries; i++) any |= NAME(open)(h, start + i, 0);
+        if (!any) {
+            memset(acc + start * G * width, 0, rows * width * sizeof(float));
+            continue;
         }
         NAME(gemm)(rows, b.pa, b.values, width / PW, padded / PER_WORD * PW, most / PER_WORD, b.o, NULL);
         for (int64_t r = 0; r < rows; r++)
@@ -330,7 +345,7 @@ static void NAME(compressed)(const nsa_call *h, float *acc, int64_t width, arena
     }
 }
 
-/* Branch 2: every block once, for all queries that chose it. */
+/* Branch 2: every block once, for all queries that chose it and let it count. */
 static void NAME(selected)(const nsa_call *h, NAME(state) *state, int64_t width, arena *memory)
 {
     int64_t NB = (h->offset + h->T - 1) / h->block + 1;
@@ -341,11 +356,12 @@ static void NAME(selected)(const nsa_call *h, NAME(state) *state, int64_t width,
     if (memory->failed) return;
     memset(stop, 0, (NB + 1) * sizeof(int64_t));
     for (int64_t t = 0; t < h->T; t++)
-        for (int64_t i = 0; i < h->n; i++) stop[h->chosen[t * h->chosen_stride + i] + 1]++; /* -1 lands in stop[0] */
+        for (int64_t i = 0; i < h->n && NAME(open)(h, t, 1); i++)
+            stop[h->chosen[t * h->chosen_stride + i] + 1]++; /* -1 lands in stop[0] */
     stop[0] = 0;
     for (int64_t j = 1; j <= NB; j++) stop[j] += stop[j - 1];
     for (int64_t t = 0; t < h->T; t++) /* stop[j] is block j's first place, and its end when all are placed */
-        for (int64_t i = 0; i < h->n; i++) {
+        for (int64_t i = 0; i < h->n && NAME(open)(h, t, 1); i++) {
             int32_t j = h->chosen[t * h->chosen_stride + i];
             if (j >= 0) list[stop[j]++] = (int32_t)t;
         }
@@ -353,19 +369,25 @@ static void NAME(selected)(const nsa_call *h, NAME(state) *state, int64_t width,
         if (stop[j] > start)
             NAME(attend)(
                 h, &b, state, width, j * h->block, smaller(h->block, h->S - j * h->block), h->k, h->k_stride, h->v,
-                h->v_stride, list + start, 0, stop[j] - start, 0);
+                h->v_stride, list + start, stop[j] - start, 0);
 }
 
-/* Branch 3: every run of PW keys once, for the queries whose window reaches it. */
+/* Branch 3: every run of PW keys once, for the queries whose window reaches it and counts. */
 static void NAME(windowed)(const nsa_call *h, NAME(state) *state, int64_t width, arena *memory)
 {
     NAME(batch) b = NAME(new_batch)(memory, larger(1, BATCH_ROWS / h->G) * h->G, PW, h->D, width);
+    int32_t *list = take(memory, h->T * sizeof(int32_t));
     if (memory->failed) return;
+    int64_t n = 0, first = 0, end = 0;
+    for (int64_t t = 0; t < h->T; t++)
+        if (NAME(open)(h, t, 2)) list[n++] = (int32_t)t;
     for (int64_t key = larger(0, h->offset - h->window + 1) / PW * PW; key < h->offset + h->T; key += PW) {
-        int64_t first = larger(0, key - h->offset), last = smaller(h->T - 1, key + PW + h->window - 2 - h->offset);
-        NAME(attend)(
-            h, &b, state, width, key, smaller(PW, h->S - key), h->k_swa, h->k_swa_stride, h->v_swa, h->v_swa_stride, NULL,
-            first, last - first + 1, h->window);
+        while (first < n && h->offset + list[first] < key) first++;
+        while (end < n && h->offset + list[end] < key + PW + h->window - 1) end++;
+        if (first < end)
+            NAME(attend)(
+                h, &b, state, width, key, smaller(PW, h->S - key), h->k_swa, h->k_swa_stride, h->v_swa, h->v_swa_stride,
+                list + first, end - first, h->window);
     }
 }
 

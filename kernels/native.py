@@ -15,6 +15,8 @@ from nsa_kernels.library import library
 from nsa_kernels.rows import over_tasks
 from nsa_kernels.variant import Variant
 
+CLOSED_GATE = 2.0**-20  # products in bfloat16 leave a branch out whose gates are no larger (`open` in native.h)
+
 _INTEGERS = (
     *("T", "offset", "S", "G", "D", "Dv", "NC", "l", "d", "block", "n", "initial", "local", "window", "chunk"),
     *("weight_first", "weights", "q_stride", "q_cmp_stride", "gates_stride", "out_stride", "chosen_stride"),

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.ranged import _precision, _range, _rows
+from nsa_kernels.ranged import group_rows, key_range
+from nsa_kernels.tiles import load_rows, precision_of, split_width, target_of
 from nsa_kernels.variant import Variant
 
 
@@ -33,23 +34,27 @@ def _blocks(best, KEEP: tl.constexpr, T: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _select(
-    q, k, lse, weight, chosen, T, NC, offset, scale, q_t, q_h, k_s, k_h,
-    G: tl.constexpr, PG: tl.constexpr, D: tl.constexpr, PD: tl.constexpr, L: tl.constexpr, STRIDE: tl.constexpr,
-    BLOCK: tl.constexpr, FIRST: tl.constexpr, WEIGHTS: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
-    COUNT: tl.constexpr, KEEP: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, lse, chosen, T, NC, offset, scale, q_t, q_h, k_s, k_h,
+    G: tl.constexpr, PG: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, L: tl.constexpr,
+    STRIDE: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, WEIGHTS: tl.constexpr, OFFSETS: tl.constexpr,
+    INITIAL: tl.constexpr, LOCAL: tl.constexpr, COUNT: tl.constexpr, KEEP: tl.constexpr, N: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
-    h = tl.program_id(1)
+    h = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     r = tl.arange(0, BT * PG)  # rows: every query has PG heads, G of them real, so that a sum over heads is one axis
     rt, head = tl.program_id(0) * BT + r // PG, r % PG
     real = (rt < T) & (head < G)
     row = rt * G + head
-    _, hi = _range(offset + rt, NC, L, STRIDE, 0)
+    _, hi = key_range(offset + rt, NC, L, STRIDE, 0)
     hi = tl.where(real, hi, 0)
-    d = tl.arange(0, PD)
-    x = tl.load(_rows(q, row, h, q_t, q_h, G)[:, None] + d, mask=real[:, None] & (d < D), other=0.0)
-    lse_row = tl.load(lse + h.to(tl.int64) * T * G + row, mask=real & (hi > 0), other=0.0)
+    at_q = group_rows(q, row, h, q_t, q_h, G)
+    q1 = load_rows(at_q, real, 0, D1, D)
+    q2 = q1
+    if D2 > 0:
+        q2 = load_rows(at_q, real, D1, D2, D)
+    k += h * k_h
+    lse_row = tl.load(lse + h * T * G + row, mask=real & (hi > 0), other=0.0)
     current = (offset + t) // BLOCK
     best = tl.full([BT, N], -1, tl.int64)
     own = tl.full([BT, N], -1, tl.int64)
@@ -57,16 +62,16 @@ def _select(
     for start in range(0, last + 1, BJ):
         j = start + tl.arange(0, BJ)
         score = tl.zeros([BT, BJ], tl.float32)
-        for w in tl.static_range(WEIGHTS):
+        for w in tl.static_range(OFFSETS):
             c = j * (BLOCK // STRIDE) + FIRST + w
             there = (c >= 0) & (c < NC)
-            kt = tl.load(
-                k + h.to(tl.int64) * k_h + c.to(tl.int64)[None, :] * k_s + d[:, None],
-                mask=there & (d[:, None] < D), other=0.0,
-            )  # fmt: skip
-            s = tl.dot(x, kt, input_precision=PRECISION) * scale
-            p = tl.where(there & (c < hi[:, None]), tl.exp2(s - lse_row[:, None]), 0.0)
-            score += tl.load(weight + w) * tl.sum(tl.reshape(p, (BT, PG, BJ)), 1)
+            at_k = k + c.to(tl.int64) * k_s
+            s = tl.zeros([BT * PG, BJ], tl.float32)
+            s = tl.dot(q1, load_rows(at_k, there, 0, D1, D).T, s, input_precision=PRECISION)
+            if D2 > 0:
+                s = tl.dot(q2, load_rows(at_k, there, D1, D2, D).T, s, input_precision=PRECISION)
+            p = tl.where(there & (c < hi[:, None]), tl.exp2(s * scale - lse_row[:, None]), 0.0)
+            score += WEIGHTS[w] * tl.sum(tl.reshape(p, (BT, PG, BJ)), 1)
         forced = (j < INITIAL) | (j > current[:, None] - LOCAL)
         score = tl.where(forced, float("inf"), score)
         key = (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (2147483647 - j).to(tl.int64)
@@ -97,55 +102,39 @@ def select_blocks(
     *,
     offset: int = 0,
     scale: float | None = None,
-    rows: int = 64,
-    blocks: int = 32,
 ) -> Tensor:
     """Forced blocks and the most important others per query, ascending, -1 where fewer exist: (T, HKV, n) int32.
 
     q: (T, HQ, D); k_cmp: (NC, HKV, D); lse: (HKV, T * G) in log2, of the compressed branch (`ranged.attention`).
-    rows, blocks: (query, head) rows and selection blocks of a tile.
     """
     (T, HQ, D), (NC, HKV, _) = q.shape, k_cmp.shape
-    G = HQ // HKV
-    shape = settings(G, D, variant, rows, blocks)
-    weight = torch.tensor(_weights(variant), device=q.device)
+    G, (D1, D2) = HQ // HKV, split_width(D)
+    shape = dict(G=G, D=D, D1=D1, D2=D2, PRECISION=precision_of(q)) | _rule(variant)
+    tile = tiles(G, shape["N"], q.element_size(), target_of(q))
     chosen = torch.empty(T, HKV, variant.select_count, device=q.device, dtype=torch.int32)
     scale = math.log2(math.e) * (D**-0.5 if scale is None else scale)
-    grid = (triton.cdiv(T, shape["BT"]), HKV)
+    grid = (triton.cdiv(T, tile["BT"]), HKV)
     strides = (*q.stride()[:2], *k_cmp.stride()[:2])
-    _select[grid](q, k_cmp, lse, weight, chosen, T, NC, offset, scale, *strides, **shape | {"PRECISION": _precision(q)})
+    _select[grid](q, k_cmp, lse, chosen, T, NC, offset, scale, *strides, **shape, **tile)
     return chosen
 
 
-def _weights(variant: Variant) -> list[float]:
-    """Eq. 9's weights, from the first offset that has one to the last."""
-    weights = variant.importance_weights
-    return [float(weights.get(i, 0)) for i in range(min(weights), max(weights) + 1)]
-
-
-def settings(G: int, D: int, v: Variant, rows: int = 64, blocks: int = 32) -> dict:
-    """Constants and launch settings for groups of G heads of width D."""
+def _rule(v: Variant) -> dict:
+    """The variant as the kernel's constants."""
     keep, chunk = (v.select_count // 2, v.topk_chunk) if v.topk == "streamed" else (v.select_count, 0)
-    N, PG = max(2, triton.next_power_of_2(keep)), triton.next_power_of_2(G)
-    return dict(
-        G=G,
-        PG=PG,
-        D=D,
-        PD=max(16, triton.next_power_of_2(D)),
-        L=v.compress_block,
-        STRIDE=v.compress_stride,
-        BLOCK=v.select_block,
-        FIRST=min(v.importance_weights),
-        WEIGHTS=len(_weights(v)),
-        INITIAL=v.initial_blocks,
-        LOCAL=v.local_blocks,
-        COUNT=v.select_count,
-        KEEP=keep,
-        N=N,
-        CHUNK=chunk,
-        BT=max(16, rows, PG) // PG,
-        BJ=max(16, blocks, N),
-        PRECISION="tf32",
-        num_warps=4,
-        num_stages=2,
-    )
+    first, last = min(v.importance_weights), max(v.importance_weights)
+    weights = tuple(float(v.importance_weights.get(i, 0)) for i in range(first, last + 1))
+    blocks = dict(L=v.compress_block, STRIDE=v.compress_stride, BLOCK=v.select_block)
+    forced = dict(INITIAL=v.initial_blocks, LOCAL=v.local_blocks, COUNT=v.select_count)
+    best = dict(KEEP=keep, N=max(2, triton.next_power_of_2(keep)), CHUNK=chunk)
+    return blocks | forced | best | dict(FIRST=first, WEIGHTS=weights, OFFSETS=len(weights))
+
+
+def tiles(G: int, N: int, bytes: int, target: str) -> dict[str, int]:
+    """BT queries whose heads, padded to PG each, fill about 64 rows, against BJ selection blocks, at least the N kept.
+    At D = 192 in bfloat16 a stage of keys is 12 KB and the rows 24 KB: 61 KB in all of gfx942's 64.
+    """
+    PG = triton.next_power_of_2(G)
+    rows, blocks = (16, 16) if target == "cpu" else (64, 16 if bytes == 4 else 32)
+    stages = 1 if target.startswith("hip") else 2
+    return dict(PG=PG, BT=max(16, rows, PG) // PG, BJ=max(16, blocks, N), num_warps=4, num_stages=stages)

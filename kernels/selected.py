@@ -1,217 +1,495 @@
 """The selected branch in Triton, forward and backward: exact causal softmax over the tokens of each query's blocks.
 
-Forward and dq run one program per query and key head: its heads together against its n blocks, as in the paper (§3.4).
-dk and dv run one program per block over the queries that chose it, listed by a sort of the choices, so that nothing is
-added atomically; rows of a tile are (query, head) pairs there, and any group fills it.
+A query's keys are shared by the G heads of its group alone, so what decides is how often keys are read. Per query and
+key head n * l' = 1024 tokens of keys and values are 512 KB at D = Dv = 128 in bfloat16:
+
+    by query   (G >= 16) a program per query, its heads against its blocks, as in the paper (§3.4): 32 KB a head at
+               G = 16, read from the L2 cache, but 512 KB at G = 1 and 13 of 16 rows of a product empty at G = 3.
+    by block   (G < 16) a program per block, the queries that chose it in tiles of full rows: a block is read once, and
+               a head costs n rows of q in, and n of o out and in again: 12 KB at any G.
+
+Who chose a block is listed by a sort of the choices. Partial results (o of a block, its log-sum-exp; dk and dv of a
+piece of a block's list) are written and summed by a second kernel: nothing is added atomically, results repeat exactly.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.ranged import _precision
-from nsa_kernels.tiles import target_of
+from nsa_kernels.tiles import load_rows, precision_of, split_width, store_rows, target_of
+
+PARTIAL_BYTES = 1 << 30  # of partial results at a time: 4096 queries of 64 heads of 128 in bfloat16
 
 
 @triton.jit
-def _query(base, t, h, stride_t, stride_h, G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, PD: tl.constexpr):
-    """Addresses of the heads of one query, (P, PD), and which of them are real."""
-    head, d = tl.arange(0, P), tl.arange(0, PD)
-    at = base + t.to(tl.int64) * stride_t + (h * G + head).to(tl.int64)[:, None] * stride_h + d
-    return at, (head < G)[:, None] & (d < D)
+def _heads(base, t, h, stride_t, stride_h, G: tl.constexpr, P: tl.constexpr):
+    """Addresses of the P heads of group h at query t."""
+    return base + t.to(tl.int64) * stride_t + (h * G + tl.arange(0, P)) * stride_h
+
+
+@triton.jit
+def _count(chosen, COUNT: tl.constexpr):
+    """How many blocks a query has: those that are none, -1, stand last."""
+    slot = tl.arange(0, triton.next_power_of_2(COUNT))
+    return tl.sum((tl.load(chosen + slot, mask=slot < COUNT, other=-1) >= 0).to(tl.int32), 0)
 
 
 @triton.jit
 def _forward(
-    q, k, v, chosen, o, lse, T, S, offset, scale, q_t, q_h, k_s, k_h, v_s, v_h, o_t, o_h,
-    G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
-    N: tl.constexpr, PD: tl.constexpr, PV: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, chosen, o, lse, T, offset, scale, q_t, q_h, k_s, k_h, v_s, v_h, o_t, o_h,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BDV: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr, COUNT: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    t, h = tl.program_id(0), tl.program_id(1)
-    at, real = _query(q, t, h, q_t, q_h, G, P, D, PD)
-    x = tl.load(at, mask=real, other=0.0)
-    d, dv = tl.arange(0, PD), tl.arange(0, PV)
+    t, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    head, inner = tl.arange(0, P), tl.arange(0, N)
+    at_q = _heads(q, t, h, q_t, q_h, G, P)
+    q1 = load_rows(at_q, head < G, 0, D1, D)
+    q2 = q1
+    if D2 > 0:
+        q2 = load_rows(at_q, head < G, D1, D2, D)
+    k += h * k_h
+    v += h * v_h
     m = tl.full([P], float("-inf"), tl.float32)
     total = tl.zeros([P], tl.float32)
-    acc = tl.zeros([P, PV], tl.float32)
-    row = (t.to(tl.int64) * tl.num_programs(1) + h) * COUNT
-    for i in range(COUNT):
-        j = tl.load(chosen + row + i)
-        if j >= 0:
-            for part in tl.static_range(0, BLOCK, N):
-                inner = part + tl.arange(0, N)
-                key = j * BLOCK + inner
-                seen = (inner < BLOCK) & (key <= offset + t)
-                to = key.to(tl.int64)
-                kt = tl.load(
-                    k + h.to(tl.int64) * k_h + to[None, :] * k_s + d[:, None], mask=seen & (d[:, None] < D), other=0.0
-                )
-                s = tl.where(seen, tl.dot(x, kt, input_precision=PRECISION) * scale, float("-inf"))
-                top = tl.maximum(m, tl.max(s, 1))
-                base = tl.where(top == float("-inf"), 0.0, top)
-                p = tl.exp2(s - base[:, None])
-                alpha = tl.exp2(m - base)
-                total = total * alpha + tl.sum(p, 1)
-                vt = tl.load(
-                    v + h.to(tl.int64) * v_h + to[:, None] * v_s + dv, mask=seen[:, None] & (dv < DV), other=0.0
-                )
-                acc = acc * alpha[:, None] + tl.dot(p.to(vt.dtype), vt, input_precision=PRECISION)
-                m = top
+    acc = tl.zeros([P, BDV], tl.float32)
+    chosen += (t.to(tl.int64) * tl.num_programs(1) + h) * COUNT
+    parts: tl.constexpr = (BLOCK + N - 1) // N
+    for i in range(_count(chosen, COUNT) * parts):  # without a branch inside, so that loads run ahead of products
+        within = i % parts * N + inner
+        key = tl.load(chosen + i // parts) * BLOCK + within
+        seen = (within < BLOCK) & (key <= offset + t)
+        at_k, at_v = k + key.to(tl.int64) * k_s, v + key.to(tl.int64) * v_s
+        s = tl.zeros([P, N], tl.float32)
+        s = tl.dot(q1, load_rows(at_k, seen, 0, D1, D).T, s, input_precision=PRECISION)
+        if D2 > 0:
+            s = tl.dot(q2, load_rows(at_k, seen, D1, D2, D).T, s, input_precision=PRECISION)
+        s = tl.where(seen, s * scale, float("-inf"))
+        top = tl.maximum(m, tl.max(s, 1))
+        base = tl.where(top == float("-inf"), 0.0, top)
+        p = tl.exp2(s - base[:, None])
+        alpha = tl.exp2(m - base)
+        total = total * alpha + tl.sum(p, 1)
+        vt = load_rows(at_v, seen, 0, BDV, DV)
+        acc = tl.dot(p.to(vt.dtype), vt, acc * alpha[:, None], input_precision=PRECISION)
+        m = top
     safe = tl.where(total > 0, total, 1.0)
-    out, real_v = _query(o, t, h, o_t, o_h, G, P, DV, PV)
-    tl.store(out, (acc / safe[:, None]).to(o.dtype.element_ty), mask=real_v)
-    head = tl.arange(0, P)
+    store_rows(_heads(o, t, h, o_t, o_h, G, P), head < G, acc / safe[:, None], 0, BDV, DV)
     value = tl.where(total > 0, m + tl.log2(safe), float("-inf"))
-    tl.store(lse + (h.to(tl.int64) * T + t) * G + head, value, mask=head < G)
+    tl.store(lse + (h * T + t) * G + head, value, mask=head < G)
 
 
 @triton.jit
 def _backward_q(
-    q, k, v, chosen, do, lse, delta, dq, T, S, offset, scale, q_t, q_h, k_s, k_h, v_s, v_h, o_t, o_h,
-    dq_t, dq_h,
-    G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
-    N: tl.constexpr, PD: tl.constexpr, PV: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, chosen, do, lse, delta, dq, T, offset, scale, q_t, q_h, k_s, k_h, v_s, v_h, o_t, o_h, dq_t, dq_h,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BDV: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr, COUNT: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    t, h = tl.program_id(0), tl.program_id(1)
-    at, real = _query(q, t, h, q_t, q_h, G, P, D, PD)
-    x = tl.load(at, mask=real, other=0.0)
-    at, real_v = _query(do, t, h, o_t, o_h, G, P, DV, PV)
-    g = tl.load(at, mask=real_v, other=0.0)
-    d, dv, head = tl.arange(0, PD), tl.arange(0, PV), tl.arange(0, P)
-    at_row = (h.to(tl.int64) * T + t) * G + head
-    lse_row = tl.load(lse + at_row, mask=head < G, other=0.0)
-    delta_row = tl.load(delta + at_row, mask=head < G, other=0.0)
-    acc = tl.zeros([P, PD], tl.float32)
-    row = (t.to(tl.int64) * tl.num_programs(1) + h) * COUNT
-    for i in range(COUNT):
-        j = tl.load(chosen + row + i)
-        if j >= 0:
-            for part in tl.static_range(0, BLOCK, N):
-                inner = part + tl.arange(0, N)
-                key = j * BLOCK + inner
-                seen = (inner < BLOCK) & (key <= offset + t)
-                to = key.to(tl.int64)
-                kt = tl.load(k + h.to(tl.int64) * k_h + to[:, None] * k_s + d, mask=seen[:, None] & (d < D), other=0.0)
-                vt = tl.load(
-                    v + h.to(tl.int64) * v_h + to[:, None] * v_s + dv, mask=seen[:, None] & (dv < DV), other=0.0
-                )
-                s = tl.dot(x, tl.trans(kt), input_precision=PRECISION) * scale
-                p = tl.where(seen, tl.exp2(s - lse_row[:, None]), 0.0)
-                ds = p * (tl.dot(g, tl.trans(vt), input_precision=PRECISION) - delta_row[:, None])
-                acc += tl.dot(ds.to(kt.dtype), kt, input_precision=PRECISION)
-    acc *= scale * 0.6931471805599453  # the scale holds log2 e
-    at, real = _query(dq, t, h, dq_t, dq_h, G, P, D, PD)
-    tl.store(at, acc.to(dq.dtype.element_ty), mask=real)
+    t, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    head, inner = tl.arange(0, P), tl.arange(0, N)
+    at_q = _heads(q, t, h, q_t, q_h, G, P)
+    q1 = load_rows(at_q, head < G, 0, D1, D)
+    dq1 = tl.zeros([P, D1], tl.float32)
+    q2, dq2 = q1, dq1
+    if D2 > 0:
+        q2 = load_rows(at_q, head < G, D1, D2, D)
+        dq2 = tl.zeros([P, D2], tl.float32)
+    g = load_rows(_heads(do, t, h, o_t, o_h, G, P), head < G, 0, BDV, DV)
+    row = (h * T + t) * G + head
+    lse_row = tl.load(lse + row, mask=head < G, other=0.0)
+    delta_row = tl.load(delta + row, mask=head < G, other=0.0)
+    k += h * k_h
+    v += h * v_h
+    chosen += (t.to(tl.int64) * tl.num_programs(1) + h) * COUNT
+    parts: tl.constexpr = (BLOCK + N - 1) // N
+    for i in range(_count(chosen, COUNT) * parts):  # without a branch inside, so that loads run ahead of products
+        within = i % parts * N + inner
+        key = tl.load(chosen + i // parts) * BLOCK + within
+        seen = (within < BLOCK) & (key <= offset + t)
+        at_k, at_v = k + key.to(tl.int64) * k_s, v + key.to(tl.int64) * v_s
+        k1 = load_rows(at_k, seen, 0, D1, D)
+        s = tl.dot(q1, k1.T, tl.zeros([P, N], tl.float32), input_precision=PRECISION)
+        if D2 > 0:
+            k2 = load_rows(at_k, seen, D1, D2, D)
+            s = tl.dot(q2, k2.T, s, input_precision=PRECISION)
+        p = tl.where(seen, tl.exp2(s * scale - lse_row[:, None]), 0.0)
+        vt = load_rows(at_v, seen, 0, BDV, DV)
+        dp = tl.dot(g, vt.T, tl.zeros([P, N], tl.float32), input_precision=PRECISION)
+        ds = (p * (dp - delta_row[:, None])).to(k1.dtype)
+        dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
+        if D2 > 0:
+            dq2 = tl.dot(ds, k2, dq2, input_precision=PRECISION)
+    scale *= 0.6931471805599453  # the scale holds log2 e
+    at_q = _heads(dq, t, h, dq_t, dq_h, G, P)
+    store_rows(at_q, head < G, dq1 * scale, 0, D1, D)
+    if D2 > 0:
+        store_rows(at_q, head < G, dq2 * scale, D1, D2, D)
 
 
 @triton.jit
-def _backward_kv(
-    q, k, v, queries, starts, do, lse, delta, dk, dv_, T, S, offset, scale,
-    q_t, q_h, k_s, k_h, v_s, v_h, o_t, o_h, dk_s, dk_h, dv_s, dv_h,
-    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    PD: tl.constexpr, PV: tl.constexpr, PRECISION: tl.constexpr,
+def _piece(entries, pieces, h, G: tl.constexpr):
+    """Block, first and last row (choice, head) of this program's piece of a block's list."""
+    at = pieces + (h * tl.num_programs(0) + tl.program_id(0)) * 3
+    return tl.load(at).to(tl.int32), tl.load(at + 1) * G, tl.load(at + 2) * G
+
+
+@triton.jit
+def _block_forward(
+    q, k, v, entries, pieces, part, lse, S, offset, scale, q_t, q_h, k_s, k_h, v_s, v_h,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BDV: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr, COUNT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv of N keys of block program_id(0), from `queries`[starts[h, block]] up to the next start."""
-    block, h = tl.program_id(0), tl.program_id(1)
+    """o and log-sum-exp over N keys of a block for each row that chose it: (T, HQ, COUNT * parts of a block, DV)."""
+    h, parts = tl.program_id(1).to(tl.int64), tl.num_programs(2)
+    block, begin, end = _piece(entries, pieces, h, G)
+    if begin < end:
+        inner = tl.program_id(2) * N + tl.arange(0, N)
+        key = block * BLOCK + inner
+        there = (inner < BLOCK) & (key < S)
+        at_k = k + h * k_h + key.to(tl.int64) * k_s
+        k1 = load_rows(at_k, there, 0, D1, D)
+        k2 = k1
+        if D2 > 0:
+            k2 = load_rows(at_k, there, D1, D2, D)
+        vt = load_rows(v + h * v_h + key.to(tl.int64) * v_s, there, 0, BDV, DV)
+        for first in range(begin, end, M):
+            r = first + tl.arange(0, M)
+            inside = r < end
+            entry = tl.load(entries + r // G, mask=inside, other=0).to(tl.int64)
+            t, head = entry // COUNT, h * G + r % G
+            at_q = q + t * q_t + head * q_h
+            s = tl.dot(load_rows(at_q, inside, 0, D1, D), k1.T, tl.zeros([M, N], tl.float32), input_precision=PRECISION)
+            if D2 > 0:
+                s = tl.dot(load_rows(at_q, inside, D1, D2, D), k2.T, s, input_precision=PRECISION)
+            seen = inside[:, None] & there[None, :] & (key[None, :] <= (offset + t)[:, None])
+            s = tl.where(seen, s * scale, float("-inf"))
+            m = tl.max(s, 1)
+            p = tl.exp2(s - tl.where(m == float("-inf"), 0.0, m)[:, None])
+            total = tl.sum(p, 1)
+            acc = tl.dot(p.to(vt.dtype), vt, tl.zeros([M, BDV], tl.float32), input_precision=PRECISION)
+            safe = tl.where(total > 0, total, 1.0)
+            to = ((t * tl.num_programs(1) * G + head) * COUNT + entry % COUNT) * parts + tl.program_id(2)
+            store_rows(part + to * DV, inside, acc / safe[:, None], 0, BDV, DV)
+            tl.store(lse + to, tl.where(total > 0, m + tl.log2(safe), float("-inf")), mask=inside)
+
+
+@triton.jit
+def _merge(part, part_lse, o, lse, T, HQ, G: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, PARTS: tl.constexpr,
+    R: tl.constexpr,
+):  # fmt: skip
+    """o and lse of R rows (query, head) from the partial ones; what no block wrote has lse = -inf and is not read."""
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    there = row < T * HQ
+    m = tl.full([R], float("-inf"), tl.float32)
+    total = tl.zeros([R], tl.float32)
+    acc = tl.zeros([R, BDV], tl.float32)
+    for i in range(PARTS):
+        x = tl.load(part_lse + row * PARTS + i, mask=there, other=float("-inf"))
+        seen = x > float("-inf")
+        top = tl.maximum(m, x)
+        base = tl.where(top == float("-inf"), 0.0, top)
+        weight, shrink = tl.exp2(x - base), tl.exp2(m - base)
+        add = load_rows(part + (row * PARTS + i) * DV, seen, 0, BDV, DV).to(tl.float32)
+        acc = acc * shrink[:, None] + add * weight[:, None]
+        total = total * shrink + weight
+        m = top
+    safe = tl.where(total > 0, total, 1.0)
+    store_rows(o + row * DV, there, acc / safe[:, None], 0, BDV, DV)
+    t, head = row // HQ, row % HQ
+    to = (head // G * T + t) * G + head % G
+    tl.store(lse + to, tl.where(total > 0, m + tl.log2(safe), float("-inf")), mask=there)
+
+
+@triton.jit
+def _block_backward_q(
+    q, k, v, entries, pieces, do, lse, delta, part, T, S, offset, scale, q_t, q_h, k_s, k_h, v_s, v_h, o_t, o_h,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BDV: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr, COUNT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """dq from N keys of a block for each row that chose it: (T, HQ, COUNT * parts of a block, D)."""
+    h, parts = tl.program_id(1).to(tl.int64), tl.num_programs(2)
+    block, begin, end = _piece(entries, pieces, h, G)
+    if begin < end:
+        inner = tl.program_id(2) * N + tl.arange(0, N)
+        key = block * BLOCK + inner
+        there = (inner < BLOCK) & (key < S)
+        at_k = k + h * k_h + key.to(tl.int64) * k_s
+        k1 = load_rows(at_k, there, 0, D1, D)
+        k2 = k1
+        if D2 > 0:
+            k2 = load_rows(at_k, there, D1, D2, D)
+        vt = load_rows(v + h * v_h + key.to(tl.int64) * v_s, there, 0, BDV, DV)
+        for first in range(begin, end, M):
+            r = first + tl.arange(0, M)
+            inside = r < end
+            entry = tl.load(entries + r // G, mask=inside, other=0).to(tl.int64)
+            t, head = entry // COUNT, h * G + r % G
+            at_q = q + t * q_t + head * q_h
+            s = tl.dot(load_rows(at_q, inside, 0, D1, D), k1.T, tl.zeros([M, N], tl.float32), input_precision=PRECISION)
+            if D2 > 0:
+                s = tl.dot(load_rows(at_q, inside, D1, D2, D), k2.T, s, input_precision=PRECISION)
+            row = (h * T + t) * G + r % G
+            lse_row = tl.load(lse + row, mask=inside, other=0.0)
+            delta_row = tl.load(delta + row, mask=inside, other=0.0)
+            seen = inside[:, None] & there[None, :] & (key[None, :] <= (offset + t)[:, None])
+            p = tl.where(seen, tl.exp2(s * scale - lse_row[:, None]), 0.0)
+            g = load_rows(do + t * o_t + head * o_h, inside, 0, BDV, DV)
+            dp = tl.dot(g, vt.T, tl.zeros([M, N], tl.float32), input_precision=PRECISION)
+            ds = (p * (dp - delta_row[:, None]) * (scale * 0.6931471805599453)).to(k1.dtype)
+            to = ((t * tl.num_programs(1) * G + head) * COUNT + entry % COUNT) * parts + tl.program_id(2)
+            dq1 = tl.dot(ds, k1, tl.zeros([M, D1], tl.float32), input_precision=PRECISION)
+            store_rows(part + to * D, inside, dq1, 0, D1, D)
+            if D2 > 0:
+                dq2 = tl.dot(ds, k2, tl.zeros([M, D2], tl.float32), input_precision=PRECISION)
+                store_rows(part + to * D, inside, dq2, D1, D2, D)
+
+
+@triton.jit
+def _block_backward_kv(
+    q, k, v, entries, pieces, do, lse, delta, dk, dv_, T, S, offset, scale,
+    q_t, q_h, k_s, k_h, v_s, v_h, o_t, o_h,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BDV: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr, COUNT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """dk, dv of N keys of a block from one piece of its list: (HKV, pieces, BLOCK, D | DV)."""
+    h = tl.program_id(1).to(tl.int64)
+    block, begin, end = _piece(entries, pieces, h, G)
+    if begin < end:
+        inner = tl.program_id(2) * N + tl.arange(0, N)
+        key = block * BLOCK + inner
+        there = (inner < BLOCK) & (key < S)
+        at = key.to(tl.int64)
+        k1 = load_rows(k + h * k_h + at * k_s, there, 0, D1, D)
+        dk1 = tl.zeros([N, D1], tl.float32)
+        k2, dk2 = k1, dk1
+        if D2 > 0:
+            k2 = load_rows(k + h * k_h + at * k_s, there, D1, D2, D)
+            dk2 = tl.zeros([N, D2], tl.float32)
+        vt = load_rows(v + h * v_h + at * v_s, there, 0, BDV, DV)
+        dv = tl.zeros([N, BDV], tl.float32)
+        for first in range(begin, end, M):
+            r = first + tl.arange(0, M)
+            inside = r < end
+            t = (tl.load(entries + r // G, mask=inside, other=0) // COUNT).to(tl.int64)
+            head = h * G + r % G
+            at_q = q + t * q_t + head * q_h
+            q1 = load_rows(at_q, inside, 0, D1, D)
+            s = tl.dot(k1, q1.T, tl.zeros([N, M], tl.float32), input_precision=PRECISION)
+            if D2 > 0:
+                q2 = load_rows(at_q, inside, D1, D2, D)
+                s = tl.dot(k2, q2.T, s, input_precision=PRECISION)
+            row = (h * T + t) * G + r % G
+            lse_row = tl.load(lse + row, mask=inside, other=0.0)
+            seen = inside[None, :] & there[:, None] & (key[:, None] <= (offset + t)[None, :])
+            p = tl.where(seen, tl.exp2(s * scale - lse_row[None, :]), 0.0)
+            g = load_rows(do + t * o_t + head * o_h, inside, 0, BDV, DV)
+            dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
+            dp = tl.dot(vt, g.T, tl.zeros([N, M], tl.float32), input_precision=PRECISION)
+            delta_row = tl.load(delta + row, mask=inside, other=0.0)
+            ds = (p * (dp - delta_row[None, :])).to(q1.dtype)
+            dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
+            if D2 > 0:
+                dk2 = tl.dot(ds, q2, dk2, input_precision=PRECISION)
+        scale *= 0.6931471805599453
+        to = (h * tl.num_programs(0) + tl.program_id(0)) * BLOCK + inner
+        store_rows(dk + to * D, there, dk1 * scale, 0, D1, D)
+        if D2 > 0:
+            store_rows(dk + to * D, there, dk2 * scale, D1, D2, D)
+        store_rows(dv_ + to * DV, there, dv, 0, BDV, DV)
+
+
+@triton.jit
+def _sum_pieces(
+    part, starts, out, S, pieces, out_s, out_h, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr,
+    N: tl.constexpr,
+):  # fmt: skip
+    """out (S, HKV, WIDTH) = the sum of the partial results of each block's pieces starts[h, block] .. next - 1."""
+    block, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     inner = tl.program_id(2) * N + tl.arange(0, N)
     key = block * BLOCK + inner
     there = (inner < BLOCK) & (key < S)
-    to = key.to(tl.int64)
-    d, dv = tl.arange(0, PD), tl.arange(0, PV)
-    kt = tl.load(k + h.to(tl.int64) * k_h + to[:, None] * k_s + d, mask=there[:, None] & (d < D), other=0.0)
-    vt = tl.load(v + h.to(tl.int64) * v_h + to[:, None] * v_s + dv, mask=there[:, None] & (dv < DV), other=0.0)
-    dk_acc = tl.zeros([N, PD], tl.float32)
-    dv_acc = tl.zeros([N, PV], tl.float32)
-    begin = tl.load(starts + h * (tl.num_programs(0) + 1) + block)
-    end = tl.load(starts + h * (tl.num_programs(0) + 1) + block + 1)
-    for first in range(begin * G, end * G, M):
-        r = first + tl.arange(0, M).to(tl.int64)
-        inside = r < end * G
-        t = tl.load(queries + r // G, mask=inside, other=0).to(tl.int64)
-        head = (h * G + r % G).to(tl.int64)
-        x = tl.load(q + t[:, None] * q_t + head[:, None] * q_h + d, mask=inside[:, None] & (d < D), other=0.0)
-        g = tl.load(do + t[:, None] * o_t + head[:, None] * o_h + dv, mask=inside[:, None] & (dv < DV), other=0.0)
-        at_row = (h.to(tl.int64) * T + t) * G + r % G
-        lse_row = tl.load(lse + at_row, mask=inside, other=0.0)
-        delta_row = tl.load(delta + at_row, mask=inside, other=0.0)
-        s = tl.dot(x, tl.trans(kt), input_precision=PRECISION) * scale
-        seen = inside[:, None] & there & (key <= (offset + t)[:, None])
-        p = tl.where(seen, tl.exp2(s - lse_row[:, None]), 0.0)
-        dv_acc += tl.dot(tl.trans(p.to(g.dtype)), g, input_precision=PRECISION)
-        ds = p * (tl.dot(g, tl.trans(vt), input_precision=PRECISION) - delta_row[:, None])
-        dk_acc += tl.dot(tl.trans(ds.to(x.dtype)), x, input_precision=PRECISION)
-    dk_acc *= scale * 0.6931471805599453
-    at = dk + h.to(tl.int64) * dk_h + to[:, None] * dk_s + d
-    tl.store(at, dk_acc.to(dk.dtype.element_ty), mask=there[:, None] & (d < D))
-    at = dv_ + h.to(tl.int64) * dv_h + to[:, None] * dv_s + dv
-    tl.store(at, dv_acc.to(dv_.dtype.element_ty), mask=there[:, None] & (dv < DV))
+    starts += h * (tl.num_programs(0) + 1) + block
+    acc = tl.zeros([N, BW], tl.float32)
+    for piece in range(tl.load(starts), tl.load(starts + 1)):
+        acc += load_rows(part + ((h * pieces + piece) * BLOCK + inner) * WIDTH, there, 0, BW, WIDTH)
+    store_rows(out + h * out_h + key.to(tl.int64) * out_s, there, acc, 0, BW, WIDTH)
 
 
-def choosers(chosen: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
-    """Who chose each block: queries (HKV * T * n,) int32 sorted by key head and block, and (HKV, blocks + 1) starts.
+@dataclass(frozen=True)
+class Choosers:
+    """Who chose each block. A list longer than twice the average, as the first block's is, which every query must read,
+    is cut: at most two pieces a block on average, of about equal length.
 
-    chosen: (T, HKV, n), -1 = none.
+    entries: (HKV * T * n,) int32, query * n + slot, sorted by key head and block; pieces: (HKV, 2 * blocks, 3) int64,
+    block, first and last + 1 of entries, nothing in those left over; starts: (HKV, blocks + 1) int64, first piece of
+    each block.
     """
-    T, HKV, n = chosen.shape
-    head = torch.arange(HKV, device=chosen.device)[None, :, None] * (blocks + 1)
-    bin = torch.where(chosen < 0, blocks, chosen).long() + head  # those that are none lie behind a head's last block
-    order = bin.transpose(0, 1).flatten().argsort(stable=True)
-    counts = torch.bincount(bin.flatten(), minlength=HKV * (blocks + 1))
-    starts = (counts.cumsum(0) - counts).view(HKV, blocks + 1)
-    return (order // n % T).to(torch.int32), starts
+
+    entries: Tensor
+    pieces: Tensor
+    starts: Tensor
+
+    @classmethod
+    def of(cls, chosen: Tensor, blocks: int) -> "Choosers":
+        """chosen: (T, HKV, n) int32, -1 = none."""
+        (T, HKV, n), device = chosen.shape, chosen.device
+        head = torch.arange(HKV, device=device)[None, :, None] * (blocks + 1)
+        bin = (
+            torch.where(chosen < 0, blocks, chosen).long() + head
+        )  # those that are none lie behind a head's last block
+        entries = (bin.transpose(0, 1).flatten().argsort(stable=True) % (T * n)).to(torch.int32)
+        counts = torch.bincount(bin.flatten(), minlength=HKV * (blocks + 1))
+        first = (counts.cumsum(0) - counts).view(HKV, -1)[:, :blocks]
+        counts = counts.view(HKV, -1)[:, :blocks]
+        size = max(64, -(-T * n // blocks))  # choices of a piece
+        stops = (-(-counts // size)).cumsum(1)
+        starts = torch.cat([torch.zeros_like(stops[:, :1]), stops], 1)
+        piece = torch.arange(2 * blocks, device=device).expand(HKV, -1).contiguous()
+        block = torch.searchsorted(stops, piece, right=True)
+        real, block = block < blocks, block.clamp(max=blocks - 1)
+        begin = first.gather(1, block) + (piece - starts.gather(1, block)) * size
+        end = torch.minimum(begin + size, (first + counts).gather(1, block))
+        return cls(entries, torch.stack([block, begin.where(real, 0), end.where(real, 0)], -1), starts)
 
 
 class _Selected(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, chosen, block, offset, scale):
-        (T, HQ, D), (S, HKV, DV) = q.shape, v.shape
-        G = HQ // HKV
-        o = q.new_empty(T, HQ, DV)
-        lse = torch.empty(HKV, T, G, device=q.device, dtype=torch.float32)
-        shape, rows, keys = settings(G, D, DV, block, target_of(q))
-        shape["PRECISION"], rows["COUNT"] = _precision(q), chosen.shape[2]
-        strides = [x.stride(i) for x in (q, k, v, o) for i in (0, 1)]
-        _forward[(T, HKV)](q, k, v, chosen, o, lse, T, S, offset, scale, *strides, **shape, **rows)
+        call = _Call(q, k, v, chosen, block, offset, scale)
+        (T, HQ, _), (_, HKV, DV) = q.shape, v.shape
+        o, lse = q.new_empty(T, HQ, DV), torch.empty(HKV, T, HQ // HKV, device=q.device, dtype=torch.float32)
+        (call.forward_by_block if call.shape["G"] < 16 else call.forward_by_query)(o, lse)
         ctx.save_for_backward(q, k, v, chosen, o, lse)
-        ctx.call = offset, scale, shape, rows, keys
+        ctx.call = block, offset, scale
         return o
 
     @staticmethod
     def backward(ctx, do):
         q, k, v, chosen, o, lse = ctx.saved_tensors
-        offset, scale, shape, rows, keys = ctx.call
-        (T, HQ, _), (S, HKV, _) = q.shape, v.shape
-        G, do, NB = HQ // HKV, do.contiguous(), triton.cdiv(S, shape["BLOCK"])
-        delta = (do.float() * o.float()).sum(-1).view(T, HKV, G).transpose(0, 1).contiguous()
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        strides = [x.stride(i) for x in (q, k, v, do) for i in (0, 1)]
-        row = (do, lse, delta)
-        _backward_q[(T, HKV)](
-            q, k, v, chosen, *row, dq, T, S, offset, scale, *strides, *dq.stride()[:2], **shape, **rows
+        call = _Call(q, k, v, chosen, *ctx.call)
+        (T, HQ, _), HKV, do = q.shape, k.shape[1], do.contiguous()
+        delta = (do.float() * o.float()).sum(-1).view(T, HKV, HQ // HKV).transpose(0, 1).contiguous()
+        by = call.query_gradient_by_block if call.shape["G"] < 16 else call.query_gradient_by_query
+        return by(do, lse, delta), *call.key_gradients(do, lse, delta), None, None, None, None
+
+
+class _Call:
+    """One call's tensors and constants, and the launches on them."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, block: int, offset: int, scale: float) -> None:
+        (_, HQ, D), (S, HKV, DV) = q.shape, v.shape
+        D1, D2 = split_width(D)
+        self.q, self.k, self.v, self.chosen = q, k, v, chosen
+        self.offset, self.scale, self.blocks = offset, scale, triton.cdiv(S, block)
+        self.shape = dict(G=HQ // HKV, D=D, DV=DV, D1=D1, D2=D2, BDV=max(16, triton.next_power_of_2(DV)))
+        self.shape |= dict(BLOCK=block, PRECISION=precision_of(q), COUNT=chosen.shape[2])
+        self.tiles = self.shape["G"], D, DV, block, q.element_size(), target_of(q)
+
+    def forward_by_query(self, o: Tensor, lse: Tensor) -> None:
+        grid = o.shape[0], self.k.shape[1]
+        _forward[grid](
+            self.q, self.k, self.v, self.chosen, o, lse, o.shape[0], self.offset, self.scale,
+            *_strides(self.q, self.k, self.v, o), **self.shape, **query_tiles(*self.tiles),
         )  # fmt: skip
-        _backward_kv[(NB, HKV, triton.cdiv(shape["BLOCK"], keys["N"]))](
-            q, k, v, *choosers(chosen, NB), *row, dk, dv, T, S, offset, scale, *strides, *dk.stride()[:2],
-            *dv.stride()[:2], **shape, **keys,
+
+    def query_gradient_by_query(self, do: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+        dq = torch.empty_like(self.q)
+        _backward_q[(do.shape[0], self.k.shape[1])](
+            self.q, self.k, self.v, self.chosen, do, lse, delta, dq, do.shape[0], self.offset, self.scale,
+            *_strides(self.q, self.k, self.v, do, dq), **self.shape, **query_tiles(*self.tiles),
         )  # fmt: skip
-        return dq, dk, dv, None, None, None, None
+        return dq
+
+    def forward_by_block(self, o: Tensor, lse: Tensor) -> None:
+        (_, HQ, DV), tiles = o.shape, block_tiles(*self.tiles)
+        for rows, grid, choosers, parts in self._chunks(tiles, DV * o.element_size()):
+            count, q = rows.stop - rows.start, self.q[rows]
+            part = o.new_empty(count, HQ, parts, DV)
+            part_lse = torch.full((count, HQ, parts), -torch.inf, device=o.device, dtype=torch.float32)
+            _block_forward[grid](
+                q, self.k, self.v, choosers.entries, choosers.pieces, part, part_lse, self.k.shape[0],
+                self.offset + rows.start, self.scale, *_strides(q, self.k, self.v), **self.shape, **tiles,
+            )  # fmt: skip
+            merged = torch.empty(lse.shape[0], count, lse.shape[2], device=o.device, dtype=torch.float32)
+            _merge[(triton.cdiv(count * HQ, 16),)](
+                part, part_lse, o[rows], merged, count, HQ, G=self.shape["G"], DV=DV, BDV=self.shape["BDV"],
+                PARTS=parts, R=16, num_warps=4,
+            )  # fmt: skip
+            lse[:, rows] = merged
+
+    def query_gradient_by_block(self, do: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+        dq, tiles = torch.empty_like(self.q), block_tiles(*self.tiles)
+        _, HQ, D = dq.shape
+        for rows, grid, choosers, parts in self._chunks(tiles, D * 4):
+            count, q, g = rows.stop - rows.start, self.q[rows], do[rows]
+            part = torch.zeros(count, HQ, parts, D, device=dq.device, dtype=torch.float32)  # they cancel: no rounding
+            _block_backward_q[grid](
+                q, self.k, self.v, choosers.entries, choosers.pieces, g, lse[:, rows].contiguous(),
+                delta[:, rows].contiguous(), part, count, self.k.shape[0], self.offset + rows.start, self.scale,
+                *_strides(q, self.k, self.v, g), **self.shape, **tiles,
+            )  # fmt: skip
+            torch.sum(part, 2, out=dq[rows]) if dq.dtype == torch.float32 else dq[rows].copy_(part.sum(2))
+        return dq
+
+    def key_gradients(self, do: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        k, v, tiles, choosers = self.k, self.v, block_tiles(*self.tiles), Choosers.of(self.chosen, self.blocks)
+        (S, HKV, D), DV, block = k.shape, v.shape[2], self.shape["BLOCK"]
+        pieces, parts = choosers.pieces.shape[1], triton.cdiv(block, tiles["N"])
+        dk_part = torch.empty(HKV, pieces, block, D, device=k.device, dtype=torch.float32)
+        dv_part = torch.empty(HKV, pieces, block, DV, device=k.device, dtype=torch.float32)
+        _block_backward_kv[(pieces, HKV, parts)](
+            self.q, k, v, choosers.entries, choosers.pieces, do, lse, delta, dk_part, dv_part, do.shape[0], S,
+            self.offset, self.scale, *_strides(self.q, k, v, do), **self.shape, **tiles,
+        )  # fmt: skip
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        for part, out in ((dk_part, dk), (dv_part, dv)):
+            width = out.shape[2]
+            _sum_pieces[(self.blocks, HKV, parts)](
+                part, choosers.starts, out, S, pieces, *_strides(out), BLOCK=block, WIDTH=width,
+                BW=max(16, triton.next_power_of_2(width)), N=tiles["N"], num_warps=4,
+            )  # fmt: skip
+        return dk, dv
+
+    def _chunks(self, tiles: dict[str, int], row_bytes: int):
+        """As many queries at a time as PARTIAL_BYTES hold partial rows of: their slice, grid, choosers and partial
+        results a row.
+        """
+        (T, HQ, _), HKV = self.q.shape, self.k.shape[1]
+        parts = triton.cdiv(self.shape["BLOCK"], tiles["N"])
+        count = self.shape["COUNT"] * parts
+        step = max(1, PARTIAL_BYTES // (HQ * count * row_bytes))
+        for start in range(0, T, step):
+            rows = slice(start, min(T, start + step))
+            choosers = Choosers.of(self.chosen[rows], self.blocks)
+            yield rows, (choosers.pieces.shape[1], HKV, parts), choosers, count
 
 
-def settings(G: int, D: int, DV: int, block: int, target: str) -> tuple[dict, dict, dict]:
-    """Constants and launch settings: of all three kernels, of those per query, of the one per block.
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Row and head stride of each."""
+    return tuple(stride for x in tensors for stride in x.stride()[:2])
 
-    A query's heads fill one tile of 16 rows, which one warp multiplies; a tile of keys is a whole block where that is a
-    power of two from 16 to 64.
+
+def query_tiles(G: int, D: int, Dv: int, block: int, bytes: int, target: str) -> dict[str, int]:
+    """Tiles and launch settings of the kernels by query: a group's heads against N keys at a time. Two of three stages
+    hold keys, one the number of their block: 72 KB at D = Dv = 128, three programs a multiprocessor on sm_90. At D =
+    192, Dv = 128 dq spills 736 bytes on one warp, 8 on two, none on four.
     """
-    shape = dict(G=G, D=D, DV=DV, BLOCK=block, PRECISION="tf32")
-    shape |= dict(PD=max(16, triton.next_power_of_2(D)), PV=max(16, triton.next_power_of_2(DV)))
-    keys = max(16, min(64, triton.next_power_of_2(block)))
-    rows = dict(P=max(16, triton.next_power_of_2(G)), N=keys, num_warps=1 if G <= 16 else 4)
-    hip = target.startswith("hip")
-    stages = dict(num_stages=1 if hip else 2)
-    return shape, rows | stages, dict(M=32 if hip else 64, N=keys, num_warps=4) | stages
+    keys = min(32 if bytes == 4 else 64, max(16, triton.next_power_of_2(block)))
+    stages = 1 if target.startswith("hip") else 3
+    return dict(P=max(16, triton.next_power_of_2(G)), N=keys, num_warps=4, num_stages=stages)
+
+
+def block_tiles(G: int, D: int, Dv: int, block: int, bytes: int, target: str) -> dict[str, int]:
+    """Tiles and launch settings of the kernels by block: N of its keys, M rows at a time. On sm_80 dk and dv with M =
+    64 spill nothing at D = Dv = 128 and 532 bytes at 192 and 128, with M = 32 there 60; gfx942 none with 32.
+    """
+    keys = min(32 if bytes == 4 else 64, max(16, triton.next_power_of_2(block)))
+    if target.startswith("hip") or bytes == 4:
+        return dict(M=32, N=keys, num_warps=4, num_stages=1)
+    return dict(M=32 if max(D, Dv) > 128 else 64, N=keys, num_warps=8, num_stages=2)
 
 
 def attention(

@@ -31,6 +31,11 @@ def last_dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def precision_of(x: Tensor) -> str:
+    """`input_precision` of products: exact in float32, where other types ignore it."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
 def positive_scale(scale: float | None, width: int) -> float:
     """The softmax scale, 1/sqrt(width) by default."""
     scale = width**-0.5 if scale is None else float(scale)
@@ -76,3 +81,19 @@ def store_tile(
     pointers = base + tl.cast(row, tl.int64) * stride + r[:, None] * stride + c[None, :]
     mask = (row + r < rows)[:, None] & (c < WIDTH)[None, :]
     tl.store(pointers, x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_rows(rows, there, FIRST: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns FIRST .. FIRST+COLS-1 of WIDTH of the rows at these addresses; zero where a row is not there."""
+    c = FIRST + tl.arange(0, COLS)
+    if FIRST + COLS > WIDTH:
+        return tl.load(rows[:, None] + c[None, :], mask=there[:, None] & (c < WIDTH)[None, :], other=0.0)
+    return tl.load(rows[:, None] + c[None, :], mask=there[:, None], other=0.0)
+
+
+@triton.jit
+def store_rows(rows, there, x, FIRST: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr):
+    """Write x where `load_rows` would read it."""
+    c = FIRST + tl.arange(0, COLS)
+    tl.store(rows[:, None] + c[None, :], x.to(rows.dtype.element_ty), mask=there[:, None] & (c < WIDTH)[None, :])

@@ -1,5 +1,7 @@
 """What a context costs before anything is allocated: bytes and operations, by arithmetic alone. Imports no torch."""
 
+from collections.abc import Sequence
+
 from nsa_models.config import NSAConfig
 
 # Python, torch and the tokenizer take 0.35 GB before a weight is read; a prefill chunk's activations some 0.25 GB.
@@ -39,18 +41,23 @@ def estimate_memory(config: NSAConfig, context_tokens: int, weights_bytes: int) 
     return weights_bytes + cache_bytes(config, context_tokens) + PROCESS_BYTES
 
 
-def attended_tokens(config: NSAConfig, position: int) -> int:
-    """Keys that one query at `position` reads per KV head: compressed + selected + window (paper table 4)."""
-    v = config.variant
-    seen = position + 1
-    return v.compressed_count(seen) + min(seen, v.select_count * v.select_block) + min(seen, v.window)
+BRANCHES = ("compressed", "selected", "window")
 
 
-def attention_operations(config: NSAConfig, tokens: int) -> int:
-    """Multiply-adds times two of NSA's products over a prefill of `tokens` tokens, all layers and heads."""
-    total = sum(attended_tokens(config, t) for t in range(0, tokens, 64)) * 64
-    per_key = 2 * config.num_heads * (config.head_dim + config.v_head_dim)
-    return config.num_hidden_layers * per_key * total
+def attention_operations(config: NSAConfig, tokens: int, branches: Sequence[str] = BRANCHES) -> int:
+    """Multiply-adds times two of NSA's products over a prefill of `tokens` tokens, all layers and heads.
+
+    A query reads T/d compressed keys, n l' selected ones and w of its window (paper table 4). branches: those whose
+    values are summed; compressed keys are scored in any case, to select.
+    """
+    v, D, Dv = config.variant, config.head_dim, config.v_head_dim
+    seen = range(1, tokens + 1, 64)
+    scored = D + (Dv if "compressed" in branches else 0)
+    total = scored * sum(v.compressed_count(n) for n in seen)
+    for branch, most in (("selected", v.select_count * v.select_block), ("window", v.window)):
+        if branch in branches:
+            total += (D + Dv) * sum(min(n, most) for n in seen)
+    return 2 * 64 * config.num_hidden_layers * config.num_heads * total
 
 
 def dense_operations(config: NSAConfig, tokens: int) -> int:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from nsa_models.cache import Cache
 from nsa_models.comparators import COMPARATORS
-from nsa_models.cost import attended_tokens
 from nsa_models.errors import InputError
 from nsa_models.training.data import Corpus, Layout, make_task
 from nsa_models.training.tasks import Task, Unsuitable, is_right
@@ -34,8 +33,12 @@ class Measure:
 
 
 def tokens_read(model: NSAModel, attention: str, length: int) -> int:
-    """Keys that the last query of a context of `length` tokens reads per key head. Comparators get NSA's number."""
-    return length if attention == "full" else min(attended_tokens(model.config, length - 1), length)
+    """Keys that the last query of a context of `length` tokens reads per key head: T/d + n l' + w (paper table 4), for
+    comparators too; all of them are read where that is more than there are.
+    """
+    v = model.config.variant
+    sparse = v.compressed_count(length) + v.select_count * v.select_block + v.window
+    return length if attention == "full" else min(sparse, length)
 
 
 class Reader:

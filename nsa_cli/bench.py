@@ -1,7 +1,8 @@
 """How fast this machine reads and answers: NSA, and dense attention over the same weights, beside its matrix rate.
 
 Operations counted are those of products alone: two per weight of the layers' linear maps and token, and those of
-queries and probabilities with the keys and values that attention reads; dense attention reads all before a token.
+queries and probabilities with the keys and values that attention reads; dense attention reads all before a token, and a
+branch that no gate lets through is left out (`open_branches`).
 """
 
 import platform
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from nsa_cli.units import format_bytes
 from nsa_models.config import NSAConfig
-from nsa_models.cost import attention_operations, dense_operations, estimate_memory, linear_parameters
+from nsa_models.cost import BRANCHES, attention_operations, dense_operations, estimate_memory, linear_parameters
 from nsa_models.errors import BudgetError, InputError
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def measure(
         )
         seconds.append(now(model.device) - start)
     rate = Rate.of(T, seconds)
-    work = operations(model.config, T, dense)
+    work = operations(model.config, T, dense, open_branches(model))
     decode_rate = Rate.of(1, list(decode_seconds(model, cache, logits, decode_tokens, dense)))
     return Speed(rate, decode_rate, work, work * rate.median / T / matrix_rate, peak_bytes(model.device))
 
@@ -104,10 +105,28 @@ def decode_seconds(
         start = end
 
 
-def operations(config: NSAConfig, tokens: int, dense: bool) -> int:
+def operations(config: NSAConfig, tokens: int, dense: bool, branches: Sequence[str] = BRANCHES) -> int:
     """Multiply-adds times two of a prefill's products; see above what is counted."""
-    attention = dense_operations if dense else attention_operations
-    return 2 * linear_parameters(config) * tokens + attention(config, tokens)
+    attention = dense_operations(config, tokens) if dense else attention_operations(config, tokens, branches)
+    return 2 * linear_parameters(config) * tokens + attention
+
+
+def open_branches(model: "NSAModel") -> list[str]:
+    """The branches that are computed: of compiled code's in bfloat16, those that a gate can let through."""
+    import torch
+
+    from nsa_kernels.native import CLOSED_GATE, supports
+
+    example = torch.empty(1, 1, model.config.head_dim, dtype=model.dtype, device=model.device)
+    if model.dtype != torch.bfloat16 or not supports(example):
+        return list(BRANCHES)
+    found = set()
+    for layer in model.model.layers:
+        gate = layer.attn.g_proj
+        constant = gate.bias is not None and not gate.weight.any()
+        largest = gate.bias.float().sigmoid().view(-1, 3).amax(0).tolist() if constant else [1.0] * 3
+        found |= {name for name, g in zip(BRANCHES, largest, strict=True) if g > CLOSED_GATE}
+    return [name for name in BRANCHES if name in found]
 
 
 def first_chunk(model: "NSAModel", ids: Sequence[int]) -> float:
@@ -236,7 +255,7 @@ def record(tokens: int, speeds: dict[str, Speed], **about) -> dict:
 
 
 HEADER = (
-    f"{'tokens':>9}  {'attention':9}  {'prefill tokens/s':>23}  {'decode tokens/s':>23}  {'of matrix rate':>14}  "
+    f"{'tokens':>9}  {'attention':9}  {'prefill tokens/s':>25}  {'decode tokens/s':>25}  {'of matrix rate':>14}  "
     f"{'peak memory':>11}"
 )
 
@@ -244,7 +263,7 @@ HEADER = (
 def row(tokens: int, name: str, speed: Speed) -> str:
     """A line under HEADER."""
     return (
-        f"{tokens:>9,}  {name:9}  {_range(speed.prefill):>23}  {_range(speed.decode):>23}  {speed.share:>14.0%}  "
+        f"{tokens:>9,}  {name:9}  {_range(speed.prefill):>25}  {_range(speed.decode):>25}  {speed.share:>14.0%}  "
         f"{format_bytes(speed.peak_bytes):>11}"
     )
 

@@ -105,7 +105,8 @@ def test_the_pinned_versions_fit_the_declared_ranges(python):
 
 def test_what_is_installed_is_declared():
     """Every third-party module that the packages import comes from a declared dependency."""
-    declared = {canonicalize_name(Requirement(r).name) for r in PROJECT["project"]["dependencies"]}
+    needed = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["train"]]
+    declared = {canonicalize_name(Requirement(r).name) for r in needed}
     providers = importlib.metadata.packages_distributions()
     imported = set()
     for folder in FOLDERS.values():

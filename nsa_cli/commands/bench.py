@@ -64,11 +64,13 @@ def command(lengths, decode_tokens, repeat, dense, dense_max, text, checkpoint, 
     ids = bench.token_ids(load_tokenizer(checkpoint.directory), texts, max(lengths))
     first_chunk_s = bench.first_chunk(model, ids)
     matrix_rate, machine = bench.matrix_rate(model), bench.describe_machine(model)
+    branches = bench.open_branches(model)
     if not as_json:
         click.echo(
             f"{checkpoint.name} on {machine['device']}, {machine['threads']} threads, torch {machine['torch']}\n"
             f"{matrix_rate / 1e9:,.0f} GFLOP/s in {machine['dtype']} matrix products; "
-            f"loaded {load_s:.1f} s after the start, first chunk in {first_chunk_s:.2f} s\n\n{bench.HEADER}"
+            f"loaded {load_s:.1f} s after the start, first chunk in {first_chunk_s:.2f} s\n"
+            f"branches that the gates let through: {', '.join(branches)}\n\n{bench.HEADER}"
         )
     for length in lengths:
         speeds = {}
@@ -86,7 +88,7 @@ def command(lengths, decode_tokens, repeat, dense, dense_max, text, checkpoint, 
             if not as_json:
                 click.echo(bench.row(length, name, speeds[name]))
         if as_json:
-            about = {"matrix_rate": matrix_rate, "load_s": load_s, "first_chunk_s": first_chunk_s}
+            about = {"matrix_rate": matrix_rate, "branches": branches, "load_s": load_s, "first_chunk_s": first_chunk_s}
             click.echo(json.dumps(bench.record(length, speeds, model=checkpoint.name, machine=machine, **about)))
 
 

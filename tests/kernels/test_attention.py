@@ -285,6 +285,62 @@ def test_every_element_is_written(path, shape: tuple, poisoned) -> None:
     torch.testing.assert_close(o.double(), truth, atol=3e-6, rtol=1e-5)
 
 
+NATIVE_BF16 = pytest.mark.skipif(
+    not native.supports(torch.empty(1, 1, 2, dtype=torch.bfloat16)), reason="no bfloat16 products on this machine"
+)
+
+
+class TestClosedGates:
+    """A branch that no gate lets through is not computed: NaN in its values would show."""
+
+    CLOSED = {torch.float32: 0.0, torch.bfloat16: 2.0**-20}
+
+    @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=NATIVE_BF16)])
+    @pytest.mark.parametrize("branch", [0, 2])
+    @pytest.mark.skipif(not compiled(), reason="no C compiler")
+    def test_its_values_are_not_read(self, branch: int, dtype: torch.dtype) -> None:
+        inputs = tensors((203, 203, 6, 2, 16, 16), PAPER, dtype)
+        inputs["k_swa"], inputs["v_swa"] = inputs["k"].clone(), inputs["v"].clone()
+        inputs["gates"][..., branch] = self.CLOSED[dtype]
+        expected, _ = reference.nsa_attention(**double(inputs))
+        inputs["v_cmp" if branch == 0 else "v_swa"].fill_(torch.nan)
+        o, _ = native.nsa_attention(**inputs)
+        torch.testing.assert_close(o.double(), expected, atol=4e-6 if dtype == torch.float32 else 0.03, rtol=0.02)
+        inputs["gates"][77, 4, branch] = 2 * self.CLOSED[dtype] or 1e-30  # one head lets it through
+        o, _ = native.nsa_attention(**inputs)
+        broken = o.isnan().any(2).any(1).nonzero().flatten().tolist()
+        assert 77 in broken and len(broken) < 16  # of the compressed branch, all queries of a tile
+
+    @pytest.mark.skipif(not compiled(), reason="no C compiler")
+    @given(st.integers(0, 2**32))
+    @settings(max_examples=20, deadline=None)
+    def test_queries_with_open_and_closed_gates_mix(self, seed: int) -> None:
+        inputs = tensors((90, 131, 6, 2, 16, 16), PAPER, seed=seed)
+        closed = torch.rand(90, 2, 1, 3, generator=torch.Generator().manual_seed(seed)) < 0.5
+        inputs["gates"].view(90, 2, 3, 3).masked_fill_(closed, 0)
+        expected, blocks = reference.nsa_attention(**double(inputs))
+        o, chosen = native.nsa_attention(**inputs)
+        torch.testing.assert_close(o.double(), expected, atol=4e-6, rtol=1e-5)
+        assert torch.equal(chosen, blocks)
+
+
+@pytest.mark.skipif(not compiled(), reason="no C compiler")
+@pytest.mark.parametrize("S", [16 * 5, 16 * 9 + 3, 16 * 70 + 5])
+def test_of_blocks_that_tie_the_first_are_chosen(S: int) -> None:
+    exact, streamed = VARIANTS["fla"], VARIANTS["fla-old-streamed"]
+    for variant in (exact, streamed):
+        inputs = tensors((1, S, 2, 1, 16, 16), variant)
+        inputs["k_cmp"] = torch.zeros_like(inputs["k_cmp"])
+        _, chosen = native.nsa_attention(**inputs)
+        current = (S - 1) // 16
+        if variant is exact:
+            expected = sorted([0, 1, current - 1, current])
+        else:
+            own = current // 8 * 8
+            expected = [*range(min(own, 4)), *sorted({*range(own, min(own + 3, current)), current})]
+        assert [j for j in chosen.flatten().tolist() if j >= 0] == expected
+
+
 @pytest.fixture
 def poisoned():
     """Uninitialized memory of this thread is NaN: torch fills it by itself; of the heap, 32 MB are filled and freed."""

@@ -2,6 +2,7 @@
 
 import json
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -12,11 +13,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from nsa_cli import bench
 from nsa_cli.commands.bench import command
+from nsa_kernels import native
 from nsa_models import NSAConfig, save_model
-from nsa_models.cost import cache_bytes
+from nsa_models.cost import BRANCHES, cache_bytes
 from nsa_models.errors import BudgetError, InputError
 from nsa_models.transformer import NSAModel
 
+HELP = {"help_option_names": ["-h", "--help"]}  # as the group gives them: a command keeps the first it is asked for
 CONFIG = NSAConfig(
     vocab_size=256,
     hidden_size=64,
@@ -57,7 +60,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(checkpoint: Path, *args: str):
     # One repeat and few tokens: what is tested is what is reported, not how steady it is.
     settings = ["--model", str(checkpoint), "--lengths", "700,300", "--decode", "5", "--repeat", "2"]
-    return CliRunner().invoke(command, [*settings, *args], catch_exceptions=False)
+    return CliRunner().invoke(command, [*settings, *args], catch_exceptions=False, **HELP)
 
 
 def test_json_has_one_object_per_length(checkpoint: Path) -> None:
@@ -79,15 +82,15 @@ def test_json_has_one_object_per_length(checkpoint: Path) -> None:
 
 def test_table_has_a_row_per_attention(checkpoint: Path) -> None:
     lines = run(checkpoint).stdout.splitlines()
-    assert lines[0].startswith("tiny on ") and "GFLOP/s" in lines[1]
-    assert [line.split()[:2] for line in lines[3:]] == [
+    assert lines[0].startswith("tiny on ") and "GFLOP/s" in lines[1] and "selected" in lines[2]
+    assert [line.split()[:2] for line in lines[4:]] == [
         ["tokens", "attention"],
         ["300", "nsa"],
         ["300", "dense"],
         ["700", "nsa"],
         ["700", "dense"],
     ]
-    assert len({len(line) for line in lines[3:]}) == 1
+    assert len({len(line) for line in lines[4:]}) == 1
     assert all("dense" not in line for line in run(checkpoint, "--no-dense").stdout.splitlines())
 
 
@@ -104,7 +107,7 @@ def test_the_text_option_is_what_is_read(checkpoint: Path, tmp_path: Path, monke
 
 def run_error(checkpoint: Path, *args: str) -> BaseException:
     settings = ["--model", str(checkpoint), "--lengths", "300", *args]
-    return CliRunner().invoke(command, settings).exception
+    return CliRunner().invoke(command, settings, **HELP).exception
 
 
 def test_lengths_that_do_not_fit_are_refused_before_loading(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +132,23 @@ def test_operations_of_dense_grow_with_the_square() -> None:
     per_key = CONFIG.num_hidden_layers * CONFIG.num_heads * 2 * 2 * CONFIG.head_dim
     assert attention(4000, dense=True) == per_key * 4000 * 4001 // 2
     assert attention(40_000, dense=False) < attention(40_000, dense=True) / 5
+
+
+def test_operations_leave_out_what_no_gate_lets_through() -> None:
+    model = random_model().bfloat16()
+    assert bench.open_branches(model) == list(BRANCHES)  # no bias: gates are what the tokens make them
+    gated = NSAModel(replace(CONFIG, gate_bias=True), dtype=torch.bfloat16)
+    for layer in gated.model.layers:
+        layer.attn.g_proj.weight.zero_()
+        layer.attn.g_proj.bias.view(-1, 3).copy_(torch.tensor([-14.0, 14.0, 0.0]))
+    fast = native.supports(torch.empty(1, 1, 16, dtype=torch.bfloat16))
+    assert bench.open_branches(gated) == (["selected", "window"] if fast else list(BRANCHES))
+    assert bench.open_branches(gated.float()) == list(BRANCHES)
+    per_key = CONFIG.num_hidden_layers * CONFIG.num_heads * 2 * 2 * CONFIG.head_dim
+    every, some = (bench.operations(CONFIG, 6400, False, names) for names in (BRANCHES, ["selected"]))
+    window = per_key * (64 * (6400 - 64) + 64)  # whole from the second block of queries on, as counted
+    compressed = per_key // 2 * 64 * sum(CONFIG.variant.compressed_count(n) for n in range(1, 6401, 64))
+    assert every - some == window + compressed
 
 
 def test_rate_is_a_median_with_its_spread() -> None:

@@ -153,7 +153,9 @@ def gpu_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         return torch.empty(*shape, device="meta", dtype=dtype, requires_grad=dtype.is_floating_point)
 
     def choosers(chosen, blocks):  # sorts and counts, which meta tensors cannot
-        return tensor(chosen.numel(), dtype=torch.int32), tensor(chosen.shape[1], blocks + 1, dtype=torch.int64)
+        HKV, long = chosen.shape[1], torch.int64
+        pieces, starts = tensor(HKV, 2 * blocks, 3, dtype=long), tensor(HKV, blocks + 1, dtype=long)
+        return selected.Choosers(tensor(chosen.numel(), dtype=torch.int32), pieces, starts)
 
     def run(HQ, HKV, D, Dv, variant, T=8192):
         NC = variant.compressed_count(T)
@@ -161,7 +163,7 @@ def gpu_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         o, _ = gpu.nsa_attention(q, k, v, tensor(NC, HKV, D), tensor(NC, HKV, Dv), gates, variant)
         o.backward(torch.empty_like(o))
 
-    selected.choosers = choosers
+    selected.Choosers.of = staticmethod(choosers)
     yield "D64 G3", lambda: run(9, 3, 64, 64, Variant(32, 32))
     yield "D128 G16", lambda: run(64, 4, 128, 128, Variant())
     yield "D192/128 G16", lambda: run(64, 4, 192, 128, Variant())
@@ -170,7 +172,7 @@ def gpu_cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def main(suite: str, target: str, only: str = "") -> None:
-    for name in ("ranged", "selected") if suite == "gpu" else (suite,):
+    for name in ("ranged", "select", "selected") if suite == "gpu" else (suite,):
         __import__(f"nsa_kernels.{name}", fromlist=[name]).target_of = lambda x: target
     for case, call in globals()[f"{suite}_cases"]():
         if only not in case:

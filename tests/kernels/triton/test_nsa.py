@@ -13,6 +13,7 @@ VARIANTS = {
     "paper": SMALL,
     "fla": Variant(16, 16, 16, 4, 0, 1, 16),
     "no-window": replace(SMALL, window=0),
+    "all-blocks": replace(SMALL, select_count=7),  # cover any context of up to 112 tokens: dense attention
     "streamed": Variant(16, 16, 16, 4, 0, 1, 32, topk="streamed", topk_chunk=3),
 }
 ORACLES = Path(__file__).resolve().parents[4] / "shared" / "oracles"
@@ -31,7 +32,7 @@ def case(T: int, offset: int, variant: Variant, device: str, own: bool = False) 
 
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own-keys"])
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-@pytest.mark.parametrize(("T", "offset"), [(61, 0), (13, 90)])
+@pytest.mark.parametrize(("T", "offset"), [(45, 0), (13, 90)])
 def test_values_and_gradients(device, T: int, offset: int, variant: Variant, own: bool) -> None:
     ours = {name: x.requires_grad_() for name, x in case(T, offset, variant, device, own).items()}
     exact = {name: x.detach().double().requires_grad_() for name, x in ours.items()}
@@ -68,12 +69,12 @@ def test_the_papers_variant_by_other_peoples_code(device) -> None:
     k_cmp = gpu.compress(oracle["k"], variant, oracle["compress_key"], oracle["intra_block_pe"])
     v_cmp = gpu.compress(oracle["v"], variant, oracle["compress_value"])
     results = {}
-    last = slice(400, 500)  # of the queries: the interpreter takes a minute for all
+    last = slice(450, 500)  # of the queries: the interpreter takes a minute for all
     for number, name in enumerate(("o_cmp", "o_slc")):
-        gates = torch.zeros(100, 16, 3, device=device)
+        gates = torch.zeros(50, 16, 3, device=device)
         gates[..., number] = 1
         results[name], chosen = gpu.nsa_attention(
-            oracle["q"][last], oracle["k"], oracle["v"], k_cmp, v_cmp, gates, replace(variant, window=0), offset=400
+            oracle["q"][last], oracle["k"], oracle["v"], k_cmp, v_cmp, gates, replace(variant, window=0), offset=450
         )
     for name, got in dict(k_cmp=k_cmp, v_cmp=v_cmp).items():
         assert (got - oracle[name]).abs().max() < 1e-4 * oracle[name].abs().max()
@@ -89,11 +90,11 @@ def test_fla_checkpoint_gives_flas_logits(device, monkeypatch) -> None:
 
     if not (ORACLES / "fla_nsa_tiny").exists():
         pytest.skip("no oracle files beside the checkout (../shared/oracles)")
-    monkeypatch.setattr(dispatch, "_implementation", lambda x: gpu)
+    monkeypatch.setattr(dispatch, "_implementation", lambda *_: gpu)
     expected = load_file(ORACLES / "fla_nsa_tiny" / "expected.safetensors")
     model = load_model(ORACLES / "fla_nsa_tiny", device, torch.float32)
-    logits = model(expected["input_ids"].long().to(device)[:150])
-    assert (logits.cpu() - expected["logits"][:150]).abs().max() < 1e-4 * expected["logits"].abs().max()
+    logits = model(expected["input_ids"].long().to(device)[:100])
+    assert (logits.cpu() - expected["logits"][:100]).abs().max() < 1e-4 * expected["logits"].abs().max()
 
 
 def test_the_tensor_decides() -> None:

@@ -5,7 +5,6 @@ import torch
 
 from nsa_kernels import Variant, ranged, reference
 
-TILE = dict(M=16, N=16)  # the interpreter takes a millisecond per operation on a tile
 GROUPS = [(1, 1), (2, 2), (3, 3), (8, 2), (7, 1), (16, 1)]  # query heads, key heads
 WIDTHS = [(32, 32), (64, 64), (80, 80), (128, 128), (192, 128), (24, 40)]
 BRANCHES = {
@@ -51,14 +50,14 @@ def agree(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None
 @pytest.mark.parametrize(("T", "offset"), [(37, 0), (1, 40), (21, 30)])
 def test_every_branch_at_odd_sizes(device, T: int, offset: int, branch: dict, dtype: torch.dtype) -> None:
     q, k, v = inputs(T, keys_of(branch, offset + T), (6, 2), (32, 32), dtype, device)
-    o, _ = ranged.attention(q, k, v, offset=offset, tile=TILE, **branch)
+    o, _ = ranged.attention(q, k, v, offset=offset, **branch)
     agree(o, truth(q, k, v, branch, offset), dtype)
 
 
 @pytest.mark.parametrize("heads", GROUPS, ids=str)
 def test_groups_of_any_size(device, heads: tuple[int, int]) -> None:
     q, k, v = inputs(19, 19, heads, (32, 32), torch.float32, device)
-    o, _ = ranged.attention(q, k, v, tile=TILE)
+    o, _ = ranged.attention(q, k, v)
     agree(o, truth(q, k, v, {}, 0), torch.float32)
 
 
@@ -67,7 +66,7 @@ def test_groups_of_any_size(device, heads: tuple[int, int]) -> None:
 def test_heads_of_any_width(device, widths: tuple[int, int], branch: str) -> None:
     kind = BRANCHES[branch]
     q, k, v = inputs(23, keys_of(kind, 23), (4, 2), widths, torch.float32, device)
-    o, _ = ranged.attention(q, k, v, tile=TILE, **kind)
+    o, _ = ranged.attention(q, k, v, **kind)
     agree(o, truth(q, k, v, kind, 0), torch.float32)
 
 
@@ -77,22 +76,22 @@ def test_views_of_a_cache_and_what_lies_behind_it(device) -> None:
     cache = [torch.full((2, 50, 32), torch.nan, device=device) for _ in range(2)]
     for buffer, x in zip(cache, (k, v), strict=True):
         buffer[:, :40] = x.transpose(0, 1)
-    o, _ = ranged.attention(q, *(b[:, :40].transpose(0, 1) for b in cache), offset=31, tile=TILE)
+    o, _ = ranged.attention(q, *(b[:, :40].transpose(0, 1) for b in cache), offset=31)
     agree(o, truth(q, k, v, {}, 31), torch.float32)
 
 
 def test_queries_that_see_no_key_are_zero(device) -> None:
     q, k, v = inputs(12, 2, (3, 1), (32, 32), torch.float32, device)
-    o, lse = ranged.attention(q, k, v, block=8, stride=4, tile=TILE)
+    o, lse = ranged.attention(q, k, v, block=8, stride=4)
     assert (o[:7] == 0).all() and (lse[:, :21] == -torch.inf).all()
     assert (o[7:] != 0).any() and lse[:, 21:].isfinite().all()
-    nothing, _ = ranged.attention(q[:5], k[:0], v[:0], block=8, stride=4, tile=TILE)
+    nothing, _ = ranged.attention(q[:5], k[:0], v[:0], block=8, stride=4)
     assert (nothing == 0).all()
 
 
 def test_lse_is_that_of_the_scores(device) -> None:
     q, k, v = inputs(13, 13, (4, 2), (32, 32), torch.float32, device)
-    _, lse = ranged.attention(q, k, v, tile=TILE)
+    _, lse = ranged.attention(q, k, v)
     scores = torch.einsum("thd,shd->ths", q.double(), k.double().repeat_interleave(2, 1)) * 32**-0.5
     scores = scores.masked_fill(torch.arange(13) > torch.arange(13)[:, None, None], -torch.inf)
     expected = scores.logsumexp(-1).view(13, 2, 2).transpose(0, 1).reshape(2, 26) / torch.tensor(2.0).log()
@@ -105,7 +104,7 @@ def test_gradients_are_those_of_the_reference(device, T, offset, heads, widths, 
     q, k, v = inputs(T, keys_of(branch, offset + T), heads, widths, torch.float32, device)
     exact = [x.double().requires_grad_() for x in (q, k, v)]
     ours = [x.requires_grad_() for x in (q, k, v)]
-    out = ranged.attention(*ours, offset=offset, tile=TILE, **branch)[0]
+    out = ranged.attention(*ours, offset=offset, **branch)[0]
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(device)
     out.backward(weight)
     truth(*exact, branch, offset).backward(weight.double())

@@ -29,11 +29,8 @@ def case(T: int, offset: int, heads: tuple[int, int], variant: Variant, device: 
 def check(q, k, variant: Variant, offset: int) -> None:
     """The scores of the chosen blocks are the best ones, forced blocks among them, in ascending order."""
     T, HKV = q.shape[0], k.shape[1]
-    small = dict(M=16, N=16)
-    _, lse = ranged.attention(
-        q, k, k, offset=offset, block=variant.compress_block, stride=variant.compress_stride, tile=small
-    )
-    got = select.select_blocks(q, k, lse, variant, offset=offset, rows=16, blocks=16)
+    _, lse = ranged.attention(q, k, k, offset=offset, block=variant.compress_block, stride=variant.compress_stride)
+    got = select.select_blocks(q, k, lse, variant, offset=offset)
     _, p = reference.compressed_attention(q.double(), k.double(), k.double(), variant, offset)
     importance = reference.block_importance(p, HKV, variant, variant.block_count(offset + T))
     expected = reference.select_blocks(importance, variant, offset)

@@ -62,9 +62,23 @@ def test_forward_and_backward(device, shape: tuple, dtype: torch.dtype) -> None:
 
 
 def test_choosers_list_every_choice_once() -> None:
-    chosen = choices(50, 3, 4, 8, 20)
-    queries, starts = selected.choosers(chosen, 9)
+    chosen = choices(200, 3, 4, 8, 20)
+    found = selected.Choosers.of(chosen, 28)
+    lists = [{b: [] for b in range(28)} for _ in range(3)]
     for h in range(3):
-        for block in range(9):
-            listed = queries[starts[h, block] : starts[h].tolist()[block + 1]].tolist()
-            assert listed == (chosen[:, h] == block).any(-1).nonzero().flatten().tolist()
+        for piece, (block, begin, end) in enumerate(found.pieces[h].tolist()):
+            assert end - begin <= 64  # of 200 that chose the first block
+            entries = found.entries[begin:end]
+            assert (chosen[entries // 4, h, entries % 4] == block).all()
+            lists[h][block] += (entries // 4).tolist()
+            if begin < end:
+                assert found.starts[h, block] <= piece < found.starts[h, block + 1]
+        for block, queries in lists[h].items():
+            assert queries == (chosen[:, h] == block).any(-1).nonzero().flatten().tolist()
+
+
+def test_queries_in_several_chunks(device, monkeypatch) -> None:
+    q, k, v, chosen = case(20, 61, (6, 2), (32, 32), 16, 3, torch.float32, device)
+    whole = selected.attention(q, k, v, chosen, 16, offset=61)
+    monkeypatch.setattr(selected, "PARTIAL_BYTES", 7 * 6 * 3 * 32 * 4)  # seven queries
+    torch.testing.assert_close(selected.attention(q, k, v, chosen, 16, offset=61), whole)

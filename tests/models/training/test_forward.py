@@ -115,7 +115,8 @@ def test_gates_alone_learn():
         hidden_states(made.config, weights, ids, [96]).square().sum().backward()
         return weights[gate].grad
 
-    torch.testing.assert_close(gradient([gate]), gradient(list(made.state_dict())))
+    # Where keys need no gradient, another path compresses them: float32 sums in another order.
+    torch.testing.assert_close(gradient([gate]), gradient(list(made.state_dict())), rtol=1e-3, atol=1e-4)
 
 
 def test_float32_weights_get_float32_gradients_from_bfloat16_activations():

@@ -128,25 +128,24 @@ def test_a_batch_is_a_function_of_its_index(layout):
 
 
 def test_a_task_is_laid_out_as_a_question_is(layout, tmp_path, nsa, monkeypatch):
-    """The ids of a task's prompt are those that `nsa ask` reads for the same files and question."""
-    from nsa_cli import answer
+    """The ids of a task's prompt are those that the model reads in `nsa ask` for the same files and question."""
+    from nsa_models.transformer import NSAModel
 
     task = KINDS["needle"](random.Random(1), DOCUMENTS, 0.5)
     for document in task.documents:
-        (tmp_path / document.path).parent.mkdir(exist_ok=True)
-        (tmp_path / document.path).write_text(document.text)
-    read = []
-    original = answer.read
+        (tmp_path / "docs" / document.path).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "docs" / document.path).write_text(document.text)
+    read: list[int] = []
+    advance = NSAModel.advance
 
-    def spy(checkpoint, prompt, *rest):
-        read.append(list(prompt))
-        return original(checkpoint, prompt, *rest)
+    def spy(self, ids, *rest, **options):
+        read.extend(ids.tolist())
+        return advance(self, ids, *rest, **options)
 
-    monkeypatch.setattr(answer, "read", spy)
-    run = nsa("ask", tmp_path / "a", tmp_path / "b", task.question, "--max-tokens", 1)
-    shown = tuple(Text(f"{tmp_path}/{d.path}", d.text) for d in task.documents)
-    prompt, reply = layout.asked(Task(**{**vars(task), "documents": shown}))
-    assert run.code == 0 and read == [prompt]
+    monkeypatch.setattr(NSAModel, "advance", spy)
+    run = nsa("ask", tmp_path / "docs", task.question, "--max-tokens", 1, "--no-cache")
+    prompt, reply = layout.asked(task)
+    assert run.code == 0 and read == prompt
     assert reply[-1] in layout.tokenizer.eos_ids and layout.tokenizer.decode(reply) == task.answer
 
 
