@@ -13,6 +13,7 @@ import nsa_kernels
 from nsa_kernels.rows import over_rows
 from nsa_models.attention import Attention
 from nsa_models.cache import Cache
+from nsa_models.comparators import Attention as Attend
 from nsa_models.config import NSAConfig
 from nsa_models.linear import Linear, int8_linear, is_few
 from nsa_models.retrieval import RetrievalMass
@@ -63,6 +64,7 @@ class Layer(nn.Module):
         cache: Cache,
         dense: bool,
         retrieval: RetrievalMass | None,
+        attention: Attend | None,
     ) -> None:
         """x: (T, H), updated."""
         attn, T = self.attn, x.shape[0]
@@ -76,7 +78,10 @@ class Layer(nn.Module):
         over_rows(project, T)
         attn.compress(rope, cache, start + T, x.dtype)
         k, v = (cache.read(attn.layer, name, 0, start + T) for name in ("k", "v"))
-        o = nsa_kernels.dense_attention(q, k, v, offset=start) if dense else attn.attend(q, q_cmp, gates, cache)
+        if attention is not None:
+            o = attention(attn.layer, q, k, v, start)
+        else:
+            o = nsa_kernels.dense_attention(q, k, v, offset=start) if dense else attn.attend(q, q_cmp, gates, cache)
         if retrieval is not None:
             retrieval.add(attn.layer, q, k, rope)
 
@@ -144,9 +149,16 @@ class NSAModel(nn.Module):
         return self.logits(self.advance(input_ids, cache))
 
     @torch.no_grad()
-    def advance(self, ids: Tensor, cache: Cache, dense: bool = False, retrieval: RetrievalMass | None = None) -> Tensor:
-        """Append T tokens to the cache. dense: full attention over the same weights, for comparison. retrieval:
-        collects where the tokens look.
+    def advance(
+        self,
+        ids: Tensor,
+        cache: Cache,
+        dense: bool = False,
+        retrieval: RetrievalMass | None = None,
+        attention: Attend | None = None,
+    ) -> Tensor:
+        """Append T tokens to the cache. dense: full attention over the same weights, for comparison; attention: any
+        other (`comparators`). retrieval: collects where the tokens look.
 
         ids: (T,). Returns the last hidden states (T, H), normed.
         """
@@ -158,7 +170,7 @@ class NSAModel(nn.Module):
         angles = rope.angles(positions, self.dtype)
         x = self.model.embeddings(ids.to(self.device), self.dtype)
         for layer in self.model.layers:
-            layer(x, rope, angles, cache, dense, retrieval)
+            layer(x, rope, angles, cache, dense, retrieval, attention)
         cache.length += T
         return self.model.norm(x)
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "models": ("nsa_cli.commands.models", "Install, list and check checkpoints."),
     "convert": ("nsa_cli.commands.convert", "Make an NSA checkpoint from a dense one."),
     "train": ("nsa_cli.commands.train", "Train an NSA model, or go on training one."),
+    "eval": ("nsa_cli.commands.eval", "Measure how well a model reads: perplexity and tasks, by length."),
     "cache": ("nsa_cli.commands.cache", "List and remove stored contexts."),
     "config": ("nsa_cli.commands.config", "Show the settings in force and where they come from."),
     "doctor": ("nsa_cli.commands.doctor", "Check what nsa needs on this machine, with remedies."),

@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-WORDS = "the boat left harbour at dawn and the keeper lit a lamp while rain fell on the old stone pier".split()  # noqa: SIM905
+WORDS = ("the", "boat", "left", "harbour", "at", "dawn", "and", "keeper", "lit", "a", "lamp", "while", "rain", "fell")
 
 
 @pytest.fixture(autouse=True)
@@ -250,13 +250,13 @@ def test_interrupts_save_the_step_at_hand(run_folder, nsa, monkeypatch):
     assert "going on after step 3" in nsa("train", run_folder / "run.yaml").err
 
 
-@pytest.mark.skip(reason="a process aborts (signal 6) in 1 of 4 runs on a CPU: not mended yet")
 def test_two_processes_train_one_model(run_folder, tiny_checkpoint):
     config(run_folder, tiny_checkpoint, curriculum=[{"steps": 2, "length": 128}])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "nsa_cli", "train", str(run_folder / "run.yaml"), "--threads", "1", "--device", "cpu"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("step 2 of 2: loss") == 1, "one of them reports"
     records = metrics(run_folder)
     assert [r["step"] for r in records] == [1, 2] and all(128 < r["tokens"] <= 256 for r in records)
 

@@ -1,0 +1,136 @@
+"""Other ways to read few tokens of a long context, on the same weights: what NSA is compared with.
+
+Plain and not fast: each decides which tokens a query may see, and exact attention does the rest. `budget` is how many
+tokens a query reads, the same for all. Positions stay those of the text.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nsa_models.config import NSAConfig
+
+# (layer, q (T, HQ, D), k (S, HKV, D), v (S, HKV, Dv), start): T queries from token `start` on -> o (T, HQ, Dv)
+Attention = Callable[[int, Tensor, Tensor, Tensor, int], Tensor]
+MOST_SCORES = 1 << 25  # held at once
+
+
+class Streaming:
+    """Attention sinks and a window (StreamingLLM, arXiv 2309.17453)."""
+
+    SINKS = 4
+
+    def __init__(self, config: NSAConfig, budget: int) -> None:
+        self.window = max(budget - self.SINKS, 1)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        token = torch.arange(start + q.shape[0], device=q.device)
+
+        def visible(rows: slice) -> Tensor:
+            position = token[start:][rows, None]
+            return ((token < self.SINKS) | (token > position - self.window))[:, None]
+
+        return masked_attention(q, k, v, start, visible)
+
+
+class Quest:
+    """The pages whose keys could score highest, by their smallest and largest coordinates (arXiv 2406.10774).
+
+    Each query head chooses for itself; the page of the query is among its pages. The first two layers read everything.
+    """
+
+    PAGE, DENSE_LAYERS = 16, 2
+
+    def __init__(self, config: NSAConfig, budget: int) -> None:
+        self.pages = max(budget // self.PAGE, 1)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        S = start + q.shape[0]
+        page = torch.arange(S, device=q.device) // self.PAGE
+        if layer < self.DENSE_LAYERS:
+            return masked_attention(q, k, v, start, lambda rows: None)
+        low, high = self._bounds(k[:S])  # (pages, HQ, D)
+        low, high = (x.repeat_interleave(q.shape[1] // k.shape[1], 1).float() for x in (low, high))
+
+        def visible(rows: slice) -> Tensor:
+            asked = q[rows].float()
+            bound = torch.einsum("thd,phd->thp", asked.clamp(min=0), high)
+            bound += torch.einsum("thd,phd->thp", asked.clamp(max=0), low)
+            own = page[start:][rows, None, None]
+            every = torch.arange(low.shape[0], device=q.device)
+            bound = bound.masked_fill(every == own, torch.inf).masked_fill(every > own, -torch.inf)
+            best = bound.topk(min(self.pages, bound.shape[-1]), -1).indices
+            return torch.zeros_like(bound, dtype=torch.bool).scatter_(-1, best, True)[..., page]
+
+        return masked_attention(q, k, v, start, visible)
+
+    def _bounds(self, k: Tensor) -> tuple[Tensor, Tensor]:
+        missing = -k.shape[0] % self.PAGE
+        last = k[-1:].expand(missing, *k.shape[1:])
+        pages = torch.cat([k, last]).unflatten(0, (-1, self.PAGE))
+        return pages.amin(1), pages.amax(1)
+
+
+class HeavyHitters:
+    """Half of the budget recent tokens, half those that got most attention so far (H2O, arXiv 2306.14048).
+
+    What is dropped never comes back. Each key head keeps its own tokens; they are chosen anew every `PIECE` tokens.
+    """
+
+    PIECE = 64
+
+    def __init__(self, config: NSAConfig, budget: int) -> None:
+        self.recent, self.heavy = budget - budget // 2, budget // 2
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> tokens (HKV, B) in order, their mass (HKV, B)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        pieces = [self._piece(layer, q[i : i + self.PIECE], k, v, start + i) for i in range(0, q.shape[0], self.PIECE)]
+        return torch.cat(pieces)
+
+    def _piece(self, layer: int, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        T, HQ, D = q.shape
+        HKV = k.shape[1]
+        if start == 0:
+            empty = torch.zeros(HKV, 0, dtype=torch.long, device=q.device)
+            self.kept[layer] = empty, empty.float()
+        tokens, mass = self.kept[layer]
+        new = torch.arange(start, start + T, device=q.device)
+        tokens = torch.cat([tokens, new.expand(HKV, T)], 1)  # (HKV, B)
+        heads = torch.arange(HKV, device=q.device)[:, None]
+        keys, values = k[tokens, heads].float(), v[tokens, heads].float()  # (HKV, B, D)
+        scores = torch.einsum("thgd,hbd->hgtb", q.float().unflatten(1, (HKV, -1)), keys) * D**-0.5
+        p = scores.masked_fill(tokens[:, None, None] > new[:, None], -torch.inf).softmax(-1)
+        mass = torch.cat([mass, mass.new_zeros(HKV, T)], 1) + p.sum((1, 2))
+        self.kept[layer] = self._keep(tokens, mass, start + T)
+        return torch.einsum("hgtb,hbd->thgd", p, values).reshape(T, HQ, -1).to(q.dtype)
+
+    def _keep(self, tokens: Tensor, mass: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        if tokens.shape[1] <= self.recent + self.heavy:
+            return tokens, mass
+        rank = mass.masked_fill(tokens >= length - self.recent, torch.inf)
+        best = rank.topk(self.recent + self.heavy, 1).indices.sort(1).values
+        return tokens.gather(1, best), mass.gather(1, best)
+
+
+COMPARATORS: dict[str, type] = {"h2o": HeavyHitters, "quest": Quest, "streaming": Streaming}
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, start: int, visible: Callable[[slice], Tensor | None]) -> Tensor:
+    """Causal attention of T queries from token `start` on over what `visible` lets them see, in float32.
+
+    visible: rows -> (rows, 1 | HQ, S) bool, None = everything. q: (T, HQ, D); k, v: (S, HKV, D | Dv).
+    """
+    T, HQ, D = q.shape
+    S, HKV = start + T, k.shape[1]
+    keys, values = (x[:S].float() for x in (k, v))
+    token, parts = torch.arange(S, device=q.device), []
+    size = max(MOST_SCORES // (S * HQ), 1)
+    for i in range(0, T, size):
+        rows = slice(i, min(i + size, T))
+        scores = torch.einsum("thgd,shd->thgs", q[rows].float().unflatten(1, (HKV, -1)), keys).flatten(1, 2) * D**-0.5
+        mask = (token <= token[start:][rows, None])[:, None]
+        seen = visible(rows)
+        p = scores.masked_fill(~(mask if seen is None else mask & seen), -torch.inf).softmax(-1)
+        parts.append(torch.einsum("thgs,shd->thgd", p.unflatten(1, (HKV, -1)), values).flatten(1, 2))
+    return torch.cat(parts).to(q.dtype)

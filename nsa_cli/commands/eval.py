@@ -1,0 +1,93 @@
+"""`nsa eval`: perplexity and tasks with known answers, by length and depth, beside other kinds of attention."""
+
+import json
+from pathlib import Path
+
+import click
+
+from nsa_cli.checkpoint import Checkpoint
+from nsa_cli.commands.bench import parse_lengths
+from nsa_cli.commands.options import checkpoint_options, json_option, verbosity_options
+from nsa_cli.output import emit
+
+ATTENTIONS = ("full", "nsa", "h2o", "quest", "streaming")
+TASKS = ("perplexity", "needle", "keys", "values", "queries", "variables", "defines", "takes", "absent")
+
+
+@click.command("eval")
+@click.option(
+    "--task",
+    "tasks",
+    type=click.Choice(TASKS),
+    multiple=True,
+    default=("perplexity", "needle"),
+    show_default=True,
+    help="What to measure; repeatable.",
+)
+@click.option(
+    "--lengths",
+    default="1Ki,2Ki,4Ki",
+    show_default=True,
+    callback=parse_lengths,
+    metavar="TOKENS,...",
+    help="Tokens of prompt and answer, such as 8k,32Ki.",
+)
+@click.option(
+    "--attention",
+    "attentions",
+    type=click.Choice(ATTENTIONS),
+    multiple=True,
+    default=("full", "nsa"),
+    show_default=True,
+    help="How tokens are read, with the same weights; repeatable.",
+)
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    default=("psutil",),
+    show_default=True,
+    metavar="SOURCE|PATH",
+    help="Text to read: a held-out source (nsa train --sources), a file or a folder; repeatable.",
+)
+@click.option("--depths", type=click.IntRange(1, 50), default=5, show_default=True, help="Places of what is asked for.")
+@click.option(
+    "--samples", type=click.IntRange(1), default=2, show_default=True, help="Prompts per depth; windows of a text."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of what is planted where.")
+@click.option(
+    "--heat-map",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.png",
+    help="Draw right answers by depth and length: the first task under the last --attention.",
+)
+@checkpoint_options
+@json_option
+@verbosity_options
+def command(checkpoint: Checkpoint, as_json: bool, heat_map: Path | None, depths: int, **settings) -> None:
+    """Measure how well a model reads.
+
+    Perplexity is that of the texts' first tokens, one after another. A task is a question about the text whose answer
+    is known: needle (one planted number), keys, values, queries (several), variables (a chain of them), defines and
+    takes (Python functions), absent (nothing to find). An answer is right if it holds every fact. In brackets stands
+    the 95 % confidence interval. h2o, quest and streaming read as many tokens a step as NSA does.
+
+    \b
+    Examples:
+      nsa eval
+      nsa eval --task needle --lengths 4Ki,16Ki --depths 10 --heat-map needle.png
+      nsa eval --task perplexity --text henry-viii --attention full --attention nsa --attention quest
+    """
+    from nsa_cli import evaluate
+
+    where = tuple((i + 0.5) / depths for i in range(depths))
+    settings["lengths"] = tuple(settings["lengths"])
+    plan = evaluate.Plan(depths=where, **settings)
+    rows = evaluate.measure(checkpoint, plan)
+    if as_json:
+        emit(json.dumps(evaluate.as_json(checkpoint, plan, rows), ensure_ascii=False) + "\n")
+    else:
+        emit(evaluate.table(rows))
+    asked = [task for task in plan.tasks if task != evaluate.PERPLEXITY]
+    if heat_map and asked:
+        evaluate.heat_map(rows, heat_map, asked[0], plan.attentions[-1])

@@ -1,0 +1,184 @@
+"""What `nsa eval` measures and how it is shown. Imports torch late."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nsa_cli.checkpoint import Checkpoint
+from nsa_cli.output import progress, warn
+
+if TYPE_CHECKING:
+    from nsa_models.evaluate import Measure, Trial
+
+SCHEMA_VERSION = 1
+PERPLEXITY = "perplexity"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure."""
+
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    attentions: tuple[str, ...]
+    depths: tuple[float, ...]
+    samples: int  # per depth; of perplexity: windows of a text
+    texts: tuple[str, ...]  # sources and paths
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One task at one length under one kind of attention."""
+
+    task: str
+    length: int
+    attention: str
+    tokens_read: int  # by the last query, per key head
+    measure: "Measure"
+    trials: "list[Trial]"
+
+    def to_json(self) -> dict:
+        m = self.measure
+        value = None if m.samples == 0 else round(m.value, 4)
+        return {
+            "task": self.task,
+            "length": self.length,
+            "attention": self.attention,
+            "tokens_read": self.tokens_read,
+            "value": value,
+            "low": round(m.low, 4),
+            "high": round(m.high, 4),
+            "samples": m.samples,
+            "trials": [
+                {
+                    "depth": t.depth,
+                    "tokens": t.tokens,
+                    "place": t.task.place,
+                    "question": t.task.question,
+                    "answer": t.task.answer,
+                    "reply": t.reply,
+                    "right": t.right,
+                }
+                for t in self.trials
+            ],
+        }
+
+
+def measure(checkpoint: Checkpoint, plan: Plan) -> list[Row]:
+    """Every task at every length, the attentions one after the other on the same prompts."""
+    from nsa_cli.train import layout
+    from nsa_models.evaluate import tokens_read
+    from nsa_models.training.data import Corpus
+
+    corpus = Corpus(texts(plan.texts))
+    arranged = layout(checkpoint.tokenizer)
+    longest = max(plan.lengths)
+    check_length(checkpoint, longest)
+    ids = checkpoint.tokenizer.encode("".join(d.text for d in corpus.documents)) if PERPLEXITY in plan.tasks else []
+    if ids and len(ids) < longest:
+        warn(f"the texts have {len(ids):,} tokens: no perplexity beyond")
+    steps = [(t, n, a) for t in plan.tasks for n in plan.lengths for a in plan.attentions]
+    each = len(plan.depths) * plan.samples
+    total, done, rows = sum(1 if task == PERPLEXITY else each for task, _, _ in steps), 0, []
+    with progress("evaluating", total, "prompts") as advance:
+
+        def one() -> None:
+            nonlocal done
+            done += 1
+            advance(done, total)
+
+        for task, length, attention in steps:
+            found = figure(checkpoint, plan, task, length, attention, ids, corpus, arranged, one)
+            if found:
+                rows.append(Row(task, length, attention, tokens_read(checkpoint.model, attention, length), *found))
+    return rows
+
+
+def figure(checkpoint, plan: Plan, task: str, length: int, attention: str, ids, corpus, arranged, one):
+    """The measure and its trials; None where the texts are too short for a perplexity."""
+    from nsa_models.evaluate import ask_tasks, perplexity, share
+
+    if task != PERPLEXITY:
+        trials = ask_tasks(
+            checkpoint.model, arranged, corpus, task, length, attention, plan.depths, plan.samples, plan.seed, one
+        )
+        return share(trials), trials
+    one()
+    if len(ids) < length:
+        return None
+    return perplexity(checkpoint.model, ids, length, attention, plan.samples), []
+
+
+def texts(names: Sequence[str]) -> list:
+    """Documents of sources and of paths, in the order of the names."""
+    from nsa_cli.train import path_texts, source_texts
+    from nsa_models.training.sources import SOURCES
+
+    return [text for name in names for text in (source_texts(name) if name in SOURCES else path_texts(name))]
+
+
+def check_length(checkpoint: Checkpoint, length: int) -> None:
+    from nsa_models.errors import BudgetError
+
+    limit = checkpoint.config.max_position_embeddings
+    if length > limit:
+        raise BudgetError(f"{length:,} tokens are more than the {limit:,} that {checkpoint.name} is made for")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Tasks and lengths down, attentions across: figure and 95 % interval, and how many tokens a query reads."""
+    attentions = list(dict.fromkeys(row.attention for row in rows))
+    cells = {(row.task, row.length, row.attention): row for row in rows}
+    lines = [["task", "tokens", *attentions]]
+    for task, length in dict.fromkeys((row.task, row.length) for row in rows):
+        found = [cells.get((task, length, attention)) for attention in attentions]
+        lines.append([task, f"{length:,}", *("" if row is None else cell(row) for row in found)])
+    for length in dict.fromkeys(row.length for row in rows):
+        read = {row.attention: f"{row.tokens_read:,}" for row in rows if row.length == length}
+        lines.append(["(read per step)", f"{length:,}", *(read.get(a, "") for a in attentions)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() + "\n" for line in lines)
+
+
+def cell(row: Row) -> str:
+    m = row.measure
+    if row.task == PERPLEXITY:
+        return f"{m.value:.2f} [{m.low:.2f}, {m.high:.2f}]"
+    if not m.samples:
+        return "none in the text"
+    return f"{100 * m.value:.0f} % [{100 * m.low:.0f}, {100 * m.high:.0f}]"
+
+
+def as_json(checkpoint: Checkpoint, plan: Plan, rows: Sequence[Row]) -> dict:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": checkpoint.name,
+        "fingerprint": checkpoint.model.fingerprint,
+        "plan": asdict(plan),
+        "results": [row.to_json() for row in rows],
+    }
+
+
+def heat_map(rows: Sequence[Row], file: Path, task: str, attention: str) -> None:
+    """Right answers by depth and length, as a PNG."""
+    from nsa_models.training.plot import NoPlot, plot_heat_map
+
+    chosen = [row for row in rows if (row.task, row.attention) == (task, attention)]
+    depths = sorted({t.depth for row in chosen for t in row.trials})
+
+    def at(row: Row, depth: float) -> float | None:
+        right = [t.right for t in row.trials if t.depth == depth]
+        return sum(right) / len(right) if right else None
+
+    try:
+        plot_heat_map(
+            [f"{100 * depth:.0f} %" for depth in depths],
+            [f"{row.length:,}" for row in chosen],
+            [[at(row, depth) for row in chosen] for depth in depths],
+            file,
+            f"{task}, {attention}: right answers, %",
+        )
+    except NoPlot as error:
+        warn(str(error))

@@ -1,0 +1,171 @@
+"""Every task's answer is in the text where the task says, exactly; and batches are a function of their index."""
+
+import random
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nsa_models.errors import InputError
+from nsa_models.training.batch import Example, pack
+from nsa_models.training.config import Data, Stage, TrainConfig
+from nsa_models.training.data import Corpus, Layout, Mixture, make_task, read_corpus
+from nsa_models.training.tasks import ABSENT, KINDS, Task, Text, Unsuitable, is_right
+
+CODE = '''class Lamp(Thing):
+    def light_up(self, how_long: int = 3, *, colour="red") -> None:
+        """Light."""
+
+async def fetch_all(urls, limit):
+    return urls
+
+
+def twice(a):
+    return a
+
+
+def twice(a, b):
+    return b
+'''
+DOCUMENTS = (
+    Text("a/notes.txt", "".join(f"note {i} about the sea\n" for i in range(40))),
+    Text("b/lamp.py", CODE),
+    Text("b/no_line_end.txt", "one\ntwo"),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(seed=st.integers(0, 10**6), depth=st.none() | st.floats(0, 1))
+@settings(max_examples=25, deadline=None)
+def test_a_task_is_true_of_its_documents(kind, seed, depth):
+    task = KINDS[kind](random.Random(seed), DOCUMENTS, depth)
+    assert task.kind == kind and is_right(task, task.answer) and not is_right(task, "I do not know.")
+    texts = {d.path: d.text for d in task.documents}
+    path, line = task.place.rsplit(":", 1)
+    said = texts[path].splitlines()[int(line) - 1]
+    whole = "".join(texts.values())
+    if kind == "defines":
+        assert task.facts == (path,) and re.search(rf"(def|class) {task.question.split()[3].rstrip('.')}\b", said)
+    elif kind == "takes":
+        assert f"{task.facts[0]}" in said and "def " in said
+    elif kind == "absent":
+        name = re.search(r"magic number of the ([a-z ]+)\?", task.question)[1]
+        assert name not in whole and "magic number" in said
+    else:
+        assert all(whole.count(fact) >= 1 for fact in task.facts) and task.facts[0] in said
+    if depth is not None and kind not in ("defines", "takes"):
+        before = whole[: whole.index(said + "\n")].count("\n") / max(whole.count("\n"), 1)
+        assert abs(before - depth) < 0.25
+    original = {line for d in DOCUMENTS for line in d.text.splitlines()}
+    assert original <= {line for d in task.documents for line in d.text.splitlines()}, "planting destroys nothing"
+
+
+def test_definitions_are_those_that_occur_once():
+    names = {KINDS["defines"](random.Random(i), DOCUMENTS, None).question for i in range(60)}
+    found = {re.search(r"defines (\w+)\?", question)[1] for question in names}
+    assert found == {"Lamp", "light_up", "fetch_all"}
+    taken = {KINDS["takes"](random.Random(i), DOCUMENTS, None).facts for i in range(60)}
+    assert taken == {("how_long", "colour"), ("urls", "limit")}
+    with pytest.raises(Unsuitable):
+        KINDS["takes"](random.Random(0), DOCUMENTS[:1], None)
+
+
+def test_a_chain_of_variables_is_in_order():
+    for seed in range(20):
+        task = KINDS["variables"](random.Random(seed), DOCUMENTS, None)
+        whole = "".join(d.text for d in task.documents)
+        value = re.search(r"value (\d+)", task.question)[1]
+        held, expected = {value}, []
+        for name, source in re.findall(r"VAR (\w+) = (\w+)", whole):
+            if source in held:
+                held.add(name)
+                expected.append(name)
+        assert tuple(expected) == task.facts
+
+
+def test_an_answer_needs_every_fact_as_a_word():
+    task = Task("values", (), "", "", ("123", "src/a.py"), 0.0, "x:1")
+    assert is_right(task, "123 and SRC/A.PY.") and is_right(task, "(123), src/a.py")
+    assert (
+        not is_right(task, "1234 and src/a.py") and not is_right(task, "123") and not is_right(task, "123 my_src/a.py")
+    )
+    assert is_right(KINDS["absent"](random.Random(0), DOCUMENTS, None), "Sorry. " + ABSENT.upper())
+
+
+def test_packing():
+    batch = pack([Example([5, 6, 7]), Example([1, 2, 3, 4], answer=2)])
+    assert batch.ids.tolist() == [5, 6, 7, 1, 2, 3, 4] and batch.lengths == [3, 4]
+    assert batch.targets.tolist() == [6, 7, -1, 2, 3, 4, -1]
+    assert batch.answers.tolist() == [False, False, False, False, True, True, False]
+    assert batch.asked.tolist() == [False] * 3 + [True] * 4
+
+
+@pytest.fixture(scope="module")
+def layout(tiny_checkpoint) -> Layout:
+    from nsa_cli.train import layout
+    from nsa_models import load_tokenizer
+
+    return layout(load_tokenizer(tiny_checkpoint))
+
+
+def plan(**data) -> TrainConfig:
+    return TrainConfig(out="x", model="y", curriculum=(Stage(4, 300, 700), Stage(4, 1000)), data=Data(**data))
+
+
+def test_a_batch_is_a_function_of_its_index(layout):
+    corpora = [(Corpus(DOCUMENTS), 1.0), (Corpus(DOCUMENTS[:1]), 2.0)]
+    settings = plan(tasks={"needle": 1, "defines": 1, "takes": 2}, task_share=0.5)
+    one, other = (Mixture(settings, corpora, layout) for _ in range(2))
+    other(0, 3), other(5, 9)
+    batches = [one(0, i) for i in range(12)]
+    for i in reversed(range(12)):
+        assert torch.equal(batches[i].ids, other(0, i).ids)
+    assert len({batch.ids.numpy().tobytes() for batch in batches}) == 12
+    assert all(batch.tokens <= 700 and max(batch.lengths) <= 300 for batch in batches)
+    assert any(batch.answers.any() for batch in batches) and any((~batch.asked).any() for batch in batches)
+
+
+def test_a_task_is_laid_out_as_a_question_is(layout, tmp_path, nsa, monkeypatch):
+    """The ids of a task's prompt are those that the model reads in `nsa ask` for the same files and question."""
+    from nsa_models.transformer import NSAModel
+
+    task = KINDS["needle"](random.Random(1), DOCUMENTS, 0.5)
+    for document in task.documents:
+        (tmp_path / "docs" / document.path).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "docs" / document.path).write_text(document.text)
+    read: list[int] = []
+    advance = NSAModel.advance
+
+    def spy(self, ids, *rest, **options):
+        read.extend(ids.tolist())
+        return advance(self, ids, *rest, **options)
+
+    monkeypatch.setattr(NSAModel, "advance", spy)
+    run = nsa("ask", tmp_path / "docs", task.question, "--max-tokens", 1, "--no-cache")
+    prompt, reply = layout.asked(task)
+    assert run.code == 0 and read == prompt
+    assert reply[-1] in layout.tokenizer.eos_ids and layout.tokenizer.decode(reply) == task.answer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [1200, 3000])
+def test_tasks_fill_their_length(layout, kind, length):
+    texts = [Text(f"f{i}.py", CODE.replace("light", f"light_{i}").replace("fetch", f"fetch_{i}")) for i in range(30)]
+    for seed in range(3):
+        task = make_task(random.Random(seed), kind, Corpus(texts), layout, length, 0.5)
+        tokens = sum(map(len, layout.asked(task)))
+        assert 0.6 * length < tokens <= length
+    with pytest.raises(Unsuitable):
+        make_task(random.Random(0), kind, Corpus(texts), layout, 20)
+
+
+def test_unknown_tasks_and_broken_corpora(layout, tmp_path):
+    with pytest.raises(InputError, match="no task 'neddle'"):
+        Mixture(plan(tasks={"neddle": 1}), [], layout)
+    (tmp_path / "x.jsonl").write_text('{"path": "a", "text": "b"}\n{"path": "a"}\n')
+    with pytest.raises(InputError, match=r"x.jsonl:2: not a document"):
+        read_corpus(tmp_path / "x.jsonl")
+    with pytest.raises(InputError, match="No such file"):
+        read_corpus(tmp_path / "y.jsonl")

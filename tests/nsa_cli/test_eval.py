@@ -1,0 +1,119 @@
+"""`nsa eval` from outside, and its measures against an independent computation."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from nsa_models import Cache, load_model, load_tokenizer
+from nsa_models.evaluate import perplexity, share
+from nsa_models.training.tasks import Task
+
+ALL = [part for name in ("full", "nsa", "h2o", "quest", "streaming") for part in ("--attention", name)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Operations this small are slower on two, the more so beside other programs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(6):
+        lines = [f"def part_{i}_{j}(left_{j}, right):\n    return left_{j}\n\n" for j in range(12)]
+        (folder / f"part{i}.py").write_text("".join(lines))
+    return folder
+
+
+def test_a_table_of_every_attention(nsa, text):
+    run = nsa(
+        *("eval", "--text", text, "--lengths", "400,900", "--task", "perplexity", "--task", "needle", *ALL),
+        *("--samples", "1", "--depths", "1"),
+    )
+    assert run.code == 0, run.err
+    lines = run.out.splitlines()
+    assert lines[0].split() == ["task", "tokens", "full", "nsa", "h2o", "quest", "streaming"]
+    assert [line.split()[:2] for line in lines[1:5]] == [
+        ["perplexity", "400"], ["perplexity", "900"], ["needle", "400"], ["needle", "900"]
+    ]  # fmt: skip
+    assert "0 % [0, 79]" in lines[3]
+    assert lines[-1].split()[3:] == ["900", "900"] + ["375"] * 4, "4 blocks of 64, a window of 64, 55 compressed"
+
+
+def test_json_has_every_reply_and_a_map_is_drawn(nsa, text, tmp_path):
+    run = nsa(
+        *("eval", "--text", text, "--lengths", "500", "--task", "takes", "--task", "defines", "--json"),
+        *("--samples", "1", "--depths", "3", "--heat-map", tmp_path / "map.png"),
+    )
+    assert run.code == 0, run.err
+    found = json.loads(run.out)
+    assert found["schema_version"] == 1 and len(found["results"]) == 4
+    takes = found["results"][0]
+    assert (takes["task"], takes["length"], takes["attention"], takes["samples"]) == ("takes", 500, "full", 3)
+    assert takes["value"] == 0 and takes["low"] == 0 and 0.5 < takes["high"] < 0.6
+    assert [round(t["depth"], 2) for t in takes["trials"]] == [0.17, 0.5, 0.83]
+    assert all(t["tokens"] <= 500 and t["question"] and t["place"].startswith("part") for t in takes["trials"])
+    both = [[t["question"] for t in r["trials"]] for r in found["results"][:2]]
+    assert both[0] == both[1], "every attention gets the same prompts"
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_perplexity_is_that_of_the_logits(tiny_checkpoint, text):
+    model, tokenizer = load_model(tiny_checkpoint, "cpu", torch.float32), load_tokenizer(tiny_checkpoint)
+    ids = tokenizer.encode((text / "part0.py").read_text())[:400]
+
+    def logits(ids: list[int]) -> torch.Tensor:
+        return model.logits(model.advance(torch.tensor(ids), Cache.for_model(model, len(ids))))
+
+    loss = torch.nn.functional.cross_entropy(logits(ids[:200])[:-1], torch.tensor(ids[1:200]))
+    got = perplexity(model, ids, 200, "nsa")
+    assert math.isclose(got.value, math.exp(loss), rel_tol=1e-4) and got.low < got.value < got.high
+    two = perplexity(model, ids, 200, "nsa", windows=5)
+    second = torch.nn.functional.cross_entropy(logits(ids[200:400])[:-1], torch.tensor(ids[201:400]))
+    assert two.samples == 2 and math.isclose(two.value, math.exp((loss + second) / 2), rel_tol=1e-4)
+
+
+def test_the_tiny_model_reads_alike_where_all_is_read(tiny_checkpoint, text):
+    model, tokenizer = load_model(tiny_checkpoint, "cpu", torch.float32), load_tokenizer(tiny_checkpoint)
+    ids = tokenizer.encode((text / "part0.py").read_text())[:120]
+    full = perplexity(model, ids, 120, "full").value
+    for attention in ("h2o", "quest", "streaming"):
+        assert math.isclose(perplexity(model, ids, 120, attention).value, full, rel_tol=1e-3)
+
+
+def test_wilsons_interval():
+    """9 of 10: [0.5958, 0.9821] (Wilson 1927, z = 1.96)."""
+    from nsa_models.evaluate import Trial
+
+    task = Task("needle", (), "", "", (), 0.0, "")
+    trials = [Trial(task, 1, 1, 0.5, "", i > 0) for i in range(10)]
+    got = share(trials)
+    assert got.value == 0.9 and abs(got.low - 0.5958) < 1e-3 and abs(got.high - 0.9821) < 1e-3
+    assert share([]).samples == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--lengths", "64k"], 4, "64,000 tokens are more than the 32,768"),
+        (["--text", "nowhere"], 3, "no such file or directory: nowhere"),
+        (["--task", "neddle"], 2, "neddle"),
+        (["--attention", "h20"], 2, "h20"),
+    ],
+)
+def test_mistakes(nsa, text, arguments, code, words):
+    run = nsa("eval", "--text", text, *arguments)
+    assert run.code == code and words in run.err and "Traceback" not in run.err
+
+
+def test_a_text_that_is_too_short(nsa, text):
+    run = nsa("eval", "--text", text / "part0.py", "--lengths", "300,8000", "--task", "perplexity")
+    assert run.code == 0 and "no perplexity beyond" in run.err and "8,000" not in run.out
