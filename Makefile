@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 DOCS ?= NOTICE
 QUESTION ?= Who made the base model?
 
-.PHONY: demo test lint format bench model clean
+.PHONY: demo test needle lint format reference bench model clean
 
 demo: model  ## ask about a file of this repository with the built-in model
 	$(BIN)/nsa ask $(DOCS) "$(QUESTION)" --max-tokens 60
 
 test: model
 	$(BIN)/python -m pytest
+
+needle: $(VENV)/installed  ## train a two-layer model to find a needle, with and without selection: minutes
+	$(BIN)/python -m pytest tests/models/training/test_needle.py -m slow -s
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -20,6 +23,9 @@ lint: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+reference: $(VENV)/installed  ## the page of every command's help
+	$(BIN)/python -m nsa_cli.reference > REFERENCE.md
 
 bench: model
 	$(BIN)/nsa bench

@@ -17,24 +17,28 @@ from nsa_kernels.variant import Variant
 __all__ = ["Phi", "Variant", "compress", "dense_attention", "nsa_attention"]
 
 
-def _implementation(x: Tensor) -> ModuleType:
+def _implementation(x: Tensor, *others: Tensor | None) -> ModuleType:
+    """`others` may need gradients too, as gates do where nothing else is trained."""
     if x.dtype == _float64:
         return reference
     if x.is_cuda:  # HIP devices say so too
         return importlib.import_module("nsa_kernels.gpu")  # Triton is loaded where it is used
-    return reference if x.requires_grad and is_grad_enabled() else cpu
+    learning = is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others))
+    return reference if learning else cpu
 
 
 def compress(x: Tensor, variant: Variant, phi: Phi = None, position: Tensor | None = None) -> Tensor:
     """Compressed keys or values, (S, HKV, D) -> (NC, HKV, Do). See `reference.compress`."""
-    return _implementation(x).compress(x, variant, phi, position)
+    learned = phi if isinstance(phi, tuple) else (phi,)
+    return _implementation(x, position, *learned).compress(x, variant, phi, position)
 
 
 def nsa_attention(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, variant: Variant, **options
 ) -> tuple[Tensor, Tensor]:
     """All three branches, gated and summed: o (T, HQ, Dv) and block_indices. See `reference.nsa_attention`."""
-    found = _implementation(q)
+    others = [options.get(name) for name in ("q_cmp", "k_swa", "v_swa")]
+    found = _implementation(q, k, v, k_cmp, v_cmp, gates, *others)
     own = [options[name] for name in ("k_swa", "v_swa") if options.get(name) is not None]
     if found is cpu and native.supports(q, k, v, k_cmp, v_cmp, *own):
         found = native
@@ -43,4 +47,4 @@ def nsa_attention(
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, offset: int = 0, scale: float | None = None) -> Tensor:
     """Causal full attention of T queries over offset+T keys. See `reference.dense_attention`."""
-    return _implementation(q).dense_attention(q, k, v, offset=offset, scale=scale)
+    return _implementation(q, k, v).dense_attention(q, k, v, offset=offset, scale=scale)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nsa_models.errors import ModelError
+from nsa_models.errors import ModelError, NSAError
 from nsa_models.formats import open_weights
 
 UP, DOWN = ".lora_up", ".lora_down"
@@ -50,3 +50,17 @@ def _product(changes: Mapping[str, Tensor], target: str, file: Path) -> Tensor:
     if up.dim() != 2 or down.dim() != 2 or up.shape[1] != down.shape[0]:
         raise ModelError(f"{file}: {target}: ranks differ: {list(up.shape)} times {list(down.shape)}")
     return up @ down
+
+
+def save_delta(file: Path, changes: Mapping[str, Tensor], base_sha256: str) -> None:
+    """Write `changes` in bfloat16, all or nothing. Raises NSAError if the disk is full or not writable."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    staging = file.with_name(file.name + ".new")
+    try:
+        save_file({k: t.bfloat16().contiguous() for k, t in changes.items()}, staging, {"base_sha256": base_sha256})
+        staging.replace(file)
+    except (OSError, SafetensorError) as error:
+        staging.unlink(missing_ok=True)
+        raise NSAError(f"{file}: cannot write the delta ({getattr(error, 'strerror', None) or error})") from None

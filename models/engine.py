@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa_models.cache import Cache
+from nsa_models.constrain import Constraint
 from nsa_models.errors import BudgetError
 from nsa_models.retrieval import RetrievalMass
 from nsa_models.sampling import Sampler, Sampling
@@ -65,18 +66,21 @@ def decode(
     eos_ids: Iterable[int] = (),
     history: Iterable[int] = (),
     dense: bool = False,
+    constraint: Constraint | None = None,
 ) -> Iterator[int]:
     """Yield the tokens that follow, up to an end-of-sequence id (not yielded), `max_tokens` or a full cache.
 
     logits: (vocab,) of the last token, from `prefill`. history: earlier tokens for the repeat penalty. A token enters
-    the cache when the next one is asked for.
+    the cache when the next one is asked for. constraint: which tokens are allowed.
     """
     ends, sampler = frozenset(eos_ids), Sampler(sampling, history)
     advance = Step(model, cache, dense)
     for step in range(sampling.max_tokens):
-        token = sampler.pick(logits)
+        token = sampler.pick(constraint.mask(logits) if constraint else logits)
         if token in ends:
             return
+        if constraint:
+            constraint.advance(token)
         yield token
         if step + 1 == sampling.max_tokens or cache.length >= cache.capacity:
             return

@@ -12,6 +12,7 @@ from nsa_models.errors import ModelError
 from nsa_models.formats import read_config, read_json
 
 DOCUMENT, QUESTION, SYSTEM = "\ue000document\ue001", "\ue000question\ue001", "\ue000system\ue001"
+ANSWER, NEXT = "\ue000answer\ue001", "\ue000next\ue001"
 
 
 def load_tokenizer(path: str | Path) -> "Tokenizer":
@@ -69,6 +70,7 @@ class Tokenizer:
         self.bos_id = self._id("bos_token")
         eos = self._id("eos_token")
         self.eos_ids: tuple[int, ...] = () if eos is None else (eos,)
+        self._grammar_tokenizer = None  # made on demand: 0.2 s for 49,152 tokens
 
     @property
     def has_chat_template(self) -> bool:
@@ -103,9 +105,7 @@ class Tokenizer:
             start = [self.bos_id] if self.adds_bos and self.bos_id is not None else []
             head = self.encode(system + "\n\n") if system else []
             return Prompt(start + head, self.encode(f"\n\nQuestion: {question}"), self.encode("\nAnswer:"))
-        messages = [{"role": "system", "content": SYSTEM}] if system else []
-        messages.append({"role": "user", "content": DOCUMENT + QUESTION})
-        before, _, after = self._render(messages).partition(DOCUMENT)
+        before, _, after = self._render(_messages(system)).partition(DOCUMENT)
         ids_before: list[int] = []
         head, found, tail = before.partition(SYSTEM)
         ids_before += self._encode_control(head)
@@ -113,6 +113,26 @@ class Tokenizer:
             ids_before += self.encode(system or "") + self._encode_control(tail)
         _, _, close = after.partition(QUESTION)
         return Prompt(ids_before, self.encode("\n\n" + question), self._encode_control(close))
+
+    def follow_up(self, question: str, system: str | None = None) -> "Prompt":
+        """What to put behind an answer, so that the model answers one more question; `before` ends the answer."""
+        if not self._template:
+            return Prompt([], self.encode(f"\n\nQuestion: {question}"), self.encode("\nAnswer:"))
+        turns = [{"role": "assistant", "content": ANSWER}, {"role": "user", "content": NEXT}]
+        _, _, after = self._render([*_messages(system), *turns]).partition(ANSWER)
+        between, _, close = after.partition(NEXT)
+        return Prompt(self._encode_control(between), self.encode(question), self._encode_control(close))
+
+    def for_grammars(self, vocab_size: int):
+        """This vocabulary as llguidance's tokenizer, for logits of vocab_size."""
+        if self._grammar_tokenizer is None:
+            import llguidance
+
+            if not self.eos_ids:
+                raise ModelError("the checkpoint names no end token, so that JSON could not end; a schema needs one")
+            raw = self._control.to_str()
+            self._grammar_tokenizer = llguidance.LLTokenizer(raw, n_vocab=vocab_size, eos_token=list(self.eos_ids))
+        return self._grammar_tokenizer
 
     def _render(self, messages: list[dict]) -> str:
         from jinja2 import TemplateError
@@ -131,8 +151,9 @@ class Tokenizer:
             )
         except Exception as error:  # a template is a program: it may fail in any way
             raise ModelError(f"the checkpoint's chat template failed: {error or type(error).__name__}") from None
-        before, *after = text.split(DOCUMENT + QUESTION)
-        if len(after) != 1 or before.count(SYSTEM) != len(messages) - 1 or SYSTEM in after[0]:
+        contents = [message["content"] for message in messages]
+        places = [text.find(content) for content in contents]
+        if places != sorted(places) or any(text.count(content) != 1 for content in contents):
             raise ModelError(
                 "the checkpoint's chat template drops, repeats or moves a message; remove the template or --system"
             )
@@ -170,6 +191,12 @@ class Stream:
         self.start = self.whole = len(self.ids)
         self.given = 0
         return piece
+
+
+def _messages(system: str | None) -> list[dict]:
+    """A conversation with its first question, markers in the place of texts."""
+    first = {"role": "user", "content": DOCUMENT + QUESTION}
+    return [{"role": "system", "content": SYSTEM}, first] if system else [first]
 
 
 def _read(path: Path) -> bytes:

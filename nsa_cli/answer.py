@@ -1,21 +1,25 @@
-"""Context -> (stored cache | prefill) -> answer: the one line that ask and summarize share. Imports torch late."""
+"""Context -> (stored cache | prefill) -> answer: the one line that all commands that ask share. Imports torch late."""
 
 import json
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from nsa_cli.checkpoint import Checkpoint
+from nsa_cli.citations import Citation, check_citations, texts_in
 from nsa_cli.evidence import Evidence, find_evidence
+from nsa_cli.held import Held
 from nsa_cli.output import VERBOSE, emit, progress, say, warn
+from nsa_cli.runlog import log_answer
 from nsa_cli.settings import cache_dir
-from nsa_models.errors import BudgetError
+from nsa_models.errors import BudgetError, CheckError
 from nsa_models.sampling import Sampling
 
 if TYPE_CHECKING:
     from nsa_cli.context import Context
+    from nsa_cli.schema import Schema
     from nsa_models import Cache
     from nsa_models.tokenizer import Prompt
 
@@ -33,6 +37,12 @@ class Request:
     max_context: int | None = None  # most tokens of prompt and answer; None = what the model was made for
     use_store: bool = True
     evidence: int = 5  # most places to name
+    held: Held | None = None  # keeps what was read in memory, for the next question about it
+    schema: "Schema | None" = None  # the answer is JSON of this schema
+
+    def wording(self, question: str) -> str:
+        """The question as the model gets it."""
+        return f"{question}\n\n{self.schema.instruction()}" if self.schema else question
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,9 @@ class Timings:
 
 @dataclass(frozen=True)
 class Answer:
-    """What `--json` prints. finish_reason: stop (the model or a stop string ended it), length or interrupted."""
+    """What `--json` prints. finish_reason: stop (the model or a stop string ended it), length or interrupted.
+    data: the value that the text is, where there was a schema.
+    """
 
     text: str
     evidence: list[Evidence] = field(repr=False)
@@ -60,12 +72,22 @@ class Answer:
     model: str
     finish_reason: str
     shards: int = 1  # parts the document was read in
+    citations: Sequence[Citation] = field(default=(), repr=False)
+    data: object = None
+
+    def flaw(self) -> str:
+        """What to warn of, or an empty text."""
+        if self.finish_reason == "length":
+            return f"the answer was cut at {self.usage.completion_tokens:,} tokens; --max-tokens gives it more"
+        return "" if self.text else "the model ended its answer before the first word"
 
     def to_json(self) -> dict:
         return {
             "schema_version": SCHEMA_VERSION,
             "answer": self.text,
+            **({"data": self.data} if self.data is not None else {}),
             "evidence": [e.to_json() for e in self.evidence],
+            "citations": [c.to_json() for c in self.citations],
             "usage": asdict(self.usage),
             "timings": {name: round(seconds, 3) for name, seconds in asdict(self.timings).items()},
             "model": self.model,
@@ -81,34 +103,116 @@ def answer(
     request: Request,
     tell: Callable[[str], None],
 ) -> Answer:
-    """Read the context, or find it read in the store, and answer the question. tell: gets the text as it comes.
+    """Read the context, or find it read in the store, and answer the question. tell: gets the text as it comes, or at
+    its end where it has a schema.
 
     What is stored ends at a block border before the question, and a stored context is entered at that same border: the
     model computes the same either way. Ctrl-C while generating keeps what was said; while reading, what was read.
-    Raises BudgetError if prompt and answer do not fit the model, --max-context or memory.
+    Raises BudgetError if prompt and answer do not fit the model, --max-context or memory, and CheckError if the answer
+    is not of the schema.
     """
-    around = checkpoint.tokenizer.prompt(question, request.system)
-    prompt = around.before + context.ids + around.after
-    capacity = len(prompt) + request.sampling.max_tokens
-    check_fit(checkpoint, context, question, request, capacity)
+    (reply,) = answers(checkpoint, context, [question], request, tell)
+    return reply
 
-    start = time.perf_counter()
-    assert checkpoint.model is not None  # loaded here, for the clock
-    loaded = time.perf_counter()
 
-    shared = (len(prompt) - len(around.after)) // STORED_BLOCK * STORED_BLOCK
-    cache, stored = read(checkpoint, prompt, shared, capacity, request.use_store)
-    logits, retrieval = read_question(checkpoint, prompt[cache.length :], around, cache)
-    prefilled = time.perf_counter()
+def answers(
+    checkpoint: Checkpoint,
+    context: "Context",
+    questions: Sequence[str],
+    request: Request,
+    tell: Callable[[str], None],
+) -> Iterator[Answer]:
+    """The same for several questions, each on its own: the context is read once, and each enters where it ends."""
+    prompts = [checkpoint.tokenizer.prompt(request.wording(question), request.system) for question in questions]
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i].after))
+    around = len(prompts[longest].before) + len(prompts[longest].after)
+    capacity = around + len(context.ids) + request.sampling.max_tokens
+    check_fit(checkpoint, context, questions[longest], request, capacity)
+    conversation = Conversation(checkpoint, context, request, capacity)
+    for question in questions:
+        conversation.reset()
+        yield conversation.ask(question, tell)
 
-    text, tokens, finish_reason = generate(checkpoint, cache, logits, request, tell)
-    return Answer(
-        text,
-        find_evidence(retrieval, context, len(around.before), request.evidence),
-        Usage(len(prompt), stored, tokens),
-        Timings(loaded - start, prefilled - loaded, time.perf_counter() - prefilled),
-        checkpoint.name,
-        finish_reason,
+
+class Conversation:
+    """A context that has been read, and what was asked and answered about it since."""
+
+    def __init__(self, checkpoint: Checkpoint, context: "Context", request: Request, capacity: int) -> None:
+        """Read the context, or find it read in the store. capacity: tokens of the prompt and all that follows it."""
+        self.checkpoint, self.context, self.request = checkpoint, context, request
+        self.clock = time.perf_counter()
+        assert checkpoint.model is not None  # loaded here, for the clock
+        self.loaded = time.perf_counter()
+        around = checkpoint.tokenizer.prompt("", request.system)
+        self.before, self.document = len(around.before), around.before + context.ids
+        self.shared = len(self.document) // STORED_BLOCK * STORED_BLOCK
+        prompt = self.document + around.after
+        self.stored: int | None
+        self.cache, self.stored = read(checkpoint, prompt, self.shared, capacity, request)
+        self.unread: list[int] | None = None  # tokens of the last answer that are not in the cache; None = no answer
+
+    def reset(self) -> None:
+        """Forget what was asked."""
+        self.cache.truncate(self.shared)
+        self.unread = None
+
+    def ask(self, question: str, tell: Callable[[str], None]) -> Answer:
+        """Answer one more question, knowing those before it. Raises BudgetError, before anything is read, where it and
+        its answer do not fit.
+        """
+        checkpoint, request, cache = self.checkpoint, self.request, self.cache
+        wording = request.wording(question)
+        if self.unread is None:
+            around = checkpoint.tokenizer.prompt(wording, request.system)
+            rest = self.document[self.shared :] + around.after
+        else:
+            around = checkpoint.tokenizer.follow_up(wording, request.system)
+            rest = self.unread + around.before + around.after
+        reused = cache.length if self.stored is None else self.stored  # the first question pays for the reading
+        prompt_tokens = cache.length + len(rest)
+        longest = request.sampling.max_tokens
+        if prompt_tokens + longest > cache.capacity:
+            raise BudgetError(
+                f"the conversation takes {prompt_tokens:,} tokens and its answer up to {longest:,}; "
+                f"{cache.capacity:,} fit: begin a new one, or lower --max-tokens"
+            )
+        logits, retrieval = read_question(checkpoint, rest, around, cache)
+        prefilled = time.perf_counter()
+        text, ids, reason = generate(checkpoint, cache, logits, request, silent if request.schema else tell)
+        self.unread = ids[cache.length - prompt_tokens :]
+        data = _data(text, len(ids), reason, request.schema, tell) if request.schema else None
+        reply = Answer(
+            text,
+            find_evidence(retrieval, self.context, self.before, request.evidence),
+            Usage(prompt_tokens, reused, len(ids)),
+            Timings(self.loaded - self.clock, prefilled - self.loaded, time.perf_counter() - prefilled),
+            checkpoint.name,
+            reason,
+            citations=check_citations(text if data is None else texts_in(data), self.context),
+            data=data,
+        )
+        self.stored, self.clock, self.loaded = None, time.perf_counter(), time.perf_counter()
+        return reply
+
+
+def _data(text: str, tokens: int, reason: str, schema: "Schema", tell: Callable[[str], None]) -> object:
+    """The value that the text is; nothing of it is told before it is known to be one."""
+    if reason == "interrupted":
+        raise KeyboardInterrupt
+    value = schema.value(text, tokens, cut=reason == "length")
+    tell(text)
+    return value
+
+
+def combined(parts: Sequence[Answer], last: Answer, limit: int) -> Answer:
+    """The last answer, with the evidence and citations of the parts it came from and what all of them cost."""
+    every = [*parts, last]
+    evidence = sorted((e for part in every for e in part.evidence), key=lambda e: -e.lift)
+    return replace(
+        last,
+        evidence=evidence[:limit],
+        usage=Usage(*map(sum, zip(*(astuple(a.usage) for a in every), strict=True))),
+        timings=Timings(*map(sum, zip(*(astuple(a.timings) for a in every), strict=True))),
     )
 
 
@@ -119,7 +223,7 @@ def silent(text: str) -> None:
 def document_room(checkpoint: Checkpoint, question: str, request: Request) -> int:
     """Document tokens that fit beside the question and the answer."""
     limit = min(checkpoint.config.max_position_embeddings, request.max_context or 1 << 62)
-    prompt = checkpoint.tokenizer.prompt(question, request.system)
+    prompt = checkpoint.tokenizer.prompt(request.wording(question), request.system)
     around = sum(map(len, prompt)) + request.sampling.max_tokens
     if around >= limit:
         raise BudgetError(
@@ -139,7 +243,7 @@ def check_fit(checkpoint: Checkpoint, context: "Context", question: str, request
 
     check_budget(len(context.ids), document_room(checkpoint, question, request), context.files)
     weights = 0 if checkpoint.loaded else weights_bytes(checkpoint.directory)
-    available = psutil.virtual_memory().available
+    available = psutil.virtual_memory().available + (request.held.nbytes if request.held else 0)
     needed = estimate_memory(checkpoint.config, capacity, weights)
     if needed > available:
         fits = bisect_right(range(capacity), available, key=lambda n: estimate_memory(checkpoint.config, n, weights))
@@ -150,14 +254,21 @@ def check_fit(checkpoint: Checkpoint, context: "Context", question: str, request
 
 
 def read(
-    checkpoint: Checkpoint, prompt: Sequence[int], shared: int, capacity: int, use_store: bool
+    checkpoint: Checkpoint, prompt: Sequence[int], shared: int, capacity: int, request: Request
 ) -> tuple["Cache", int]:
-    """A cache of `capacity` tokens holding at least the prompt's first `shared`, and how many came from the store."""
+    """A cache of `capacity` tokens holding at least the prompt's first `shared`, and how many of them were read before:
+    held in memory, or stored.
+    """
     from nsa_cli.store import Store
     from nsa_models import Cache, prefill
 
-    model, digest = checkpoint.model, checkpoint.tokenizer.digest
-    store = Store(cache_dir()) if use_store and shared else None
+    model, digest, held = checkpoint.model, checkpoint.tokenizer.digest, request.held
+    cache = held.take(prompt[:shared], capacity, model) if held else None
+    if cache:
+        return cache, shared
+    if held:
+        held.drop()  # before there is another of its size
+    store = Store(cache_dir()) if request.use_store and shared else None
     found = store.open(model, digest, prompt[: shared + 1], capacity) if store else None
     if found and found.note:
         say(f"store: {found.note}", VERBOSE)
@@ -171,6 +282,8 @@ def read(
             refusal = store and store.save(model, digest, prompt[:shared], cache, checkpoint.name)
             if refusal:
                 warn(f"this context is not stored: {refusal}")
+    if held:
+        held.keep(prompt[:shared], cache)
     return cache, stored
 
 
@@ -189,14 +302,18 @@ def read_question(checkpoint: Checkpoint, rest: Sequence[int], around: "Prompt",
     return prefill(model, around.close, cache), retrieval
 
 
-def generate(checkpoint, cache, logits, request: Request, tell: Callable) -> tuple[str, int, str]:
-    """Decode to text, piece by piece. Returns the text, the tokens it took and the finish reason."""
+def generate(checkpoint, cache, logits, request: Request, tell: Callable) -> tuple[str, list[int], str]:
+    """Decode to text, piece by piece. Returns the text, its token ids and the finish reason."""
     from nsa_models import decode
+    from nsa_models.constrain import Constraint
 
     tokenizer, most = checkpoint.tokenizer, request.sampling.max_tokens
     stream, stops = tokenizer.stream(), StopStrings(request.stop)
+    schema = request.schema
+    constraint = Constraint(tokenizer, checkpoint.config.vocab_size, schema.json) if schema else None
     pieces: list[str] = []
-    tokens, interrupted = 0, False
+    ids: list[int] = []
+    interrupted = False
 
     def out(text: str) -> None:
         text = text if pieces else text.lstrip()
@@ -205,8 +322,10 @@ def generate(checkpoint, cache, logits, request: Request, tell: Callable) -> tup
             tell(text)
 
     try:
-        for token in decode(checkpoint.model, cache, logits, request.sampling, eos_ids=tokenizer.eos_ids):
-            tokens += 1
+        for token in decode(
+            checkpoint.model, cache, logits, request.sampling, eos_ids=tokenizer.eos_ids, constraint=constraint
+        ):
+            ids.append(token)
             out(stops.push(stream.push(token)))
             if stops.found:
                 break
@@ -214,8 +333,8 @@ def generate(checkpoint, cache, logits, request: Request, tell: Callable) -> tup
         interrupted = True
     if not stops.found:
         out(stops.push(stream.end()) + stops.end())
-    reason = "interrupted" if interrupted else "stop" if stops.found or tokens < most else "length"
-    return "".join(pieces), tokens, reason
+    reason = "interrupted" if interrupted else "stop" if stops.found or len(ids) < most else "length"
+    return "".join(pieces), ids, reason
 
 
 class StopStrings:
@@ -246,23 +365,31 @@ class StopStrings:
         return text
 
 
-def show(reply: Answer, as_json: bool) -> None:
-    """End the answer on stdout and give evidence and timings on stderr; or print everything as JSON."""
-    if reply.finish_reason == "length":
-        warning = f"the answer was cut at {reply.usage.completion_tokens:,} tokens; --max-tokens gives it more"
-    else:
-        warning = "" if reply.text else "the model ended its answer before the first word"
+def show(reply: Answer, as_json: bool, **about: str) -> None:
+    """End the answer on stdout and give evidence, citations and timings on stderr; or print everything as JSON.
+
+    about: more keys of the JSON, such as which question this answers.
+    """
     if as_json:
-        emit(json.dumps(reply.to_json(), ensure_ascii=False) + "\n")
+        emit(json.dumps(reply.to_json() | about, ensure_ascii=False) + "\n")
     else:
         emit("" if reply.text.endswith("\n") else "\n")
-        for place in reply.evidence:
-            say(str(place))
+        for line in (*reply.evidence, *reply.citations):
+            say(str(line))
         say(timing_line(reply))
-    if warning:
-        warn(warning)
+    if reply.flaw():
+        warn(reply.flaw())
+    log_answer(reply.to_json())
     if reply.finish_reason == "interrupted":
         raise KeyboardInterrupt
+
+
+def require_citations(replies: Sequence[Answer]) -> None:
+    """Raise CheckError if an answer quotes, or refers to, what the text does not hold."""
+    citations = [citation for reply in replies for citation in reply.citations]
+    missing = [citation for citation in citations if not citation.found]
+    if missing:
+        raise CheckError(f"{len(missing)} of {len(citations)} citations are not in the text: {missing[0].text}")
 
 
 def timing_line(reply: Answer) -> str:

@@ -4,22 +4,36 @@ import difflib
 import importlib
 import os
 import sys
+from pathlib import Path
 
 import click
 
-from nsa_cli.output import TRACEBACKS, Verbosity, verbosity, verbosity_options
+from nsa_cli.config import read_config
+from nsa_cli.output import QUIET, TRACEBACKS, Verbosity, describe, say, verbosity, verbosity_options
+from nsa_cli.runlog import RunLog
 from nsa_models.errors import NSAError
 
 # Name -> (module with a click command called `command`, one line of help). Modules load when their command runs.
 COMMANDS = {
     "ask": ("nsa_cli.commands.ask", "Answer a question about files, folders or piped text."),
     "summarize": ("nsa_cli.commands.summarize", "Summarize files, folders or piped text."),
+    "chat": ("nsa_cli.commands.chat", "Talk about files and folders, read once."),
+    "batch": ("nsa_cli.commands.batch", "Answer many questions: JSON lines in, JSON lines out."),
+    "run": ("nsa_cli.commands.run", "Run a recipe over files, folders or piped text."),
+    "recipes": ("nsa_cli.commands.recipes", "List, show, check and begin recipes."),
     "plan": ("nsa_cli.commands.plan", "Show what a question would read: files, tokens, memory, time."),
+    "pack": ("nsa_cli.commands.pack", "Write files and folders as one text, without running a model."),
     "models": ("nsa_cli.commands.models", "Install, list and check checkpoints."),
     "convert": ("nsa_cli.commands.convert", "Make an NSA checkpoint from a dense one."),
+    "train": ("nsa_cli.commands.train", "Train an NSA model, or go on training one."),
     "cache": ("nsa_cli.commands.cache", "List and remove stored contexts."),
+    "config": ("nsa_cli.commands.config", "Show the settings in force and where they come from."),
+    "doctor": ("nsa_cli.commands.doctor", "Check what nsa needs on this machine, with remedies."),
+    "completion": ("nsa_cli.commands.completion", "Print the script that completes nsa's commands in a shell."),
     "bench": ("nsa_cli.commands.bench", "Measure prefill and decode speed on this machine."),
 }
+REPAIRING = ("config", "doctor", "completion")  # run in spite of a mistake in the configuration file
+COMPLETION = "_NSA_COMPLETE"  # set by a shell that wants to know what may come next
 INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as the shell reports them
 
 
@@ -46,9 +60,17 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="nsa", message="%(prog)s %(version)s")
+@click.option(
+    "--log",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    envvar="NSA_LOG",
+    show_envvar=True,
+    help="Append a JSON line about this run to FILE: arguments, exit code, answers. Default: no log.",
+)
 @verbosity_options
 @click.pass_context
-def cli(context: click.Context) -> None:
+def cli(context: click.Context, log: Path | None) -> None:
     """Ask questions of whole repositories and books, with Native Sparse Attention on this machine.
 
     \b
@@ -62,6 +84,9 @@ def cli(context: click.Context) -> None:
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
+    elif context.invoked_subcommand not in REPAIRING and "config error" in context.meta:
+        raise context.meta["config error"]
+    context.meta[RunLog].path = log and log.expanduser()
 
 
 def main() -> None:
@@ -71,6 +96,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets '?', not an error
+    if COMPLETION in os.environ:
+        sys.exit(complete())
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()
@@ -79,10 +106,30 @@ def main() -> None:
     sys.exit(code)
 
 
+def complete() -> int:
+    """Answer the shell's question what may come next; `nsa completion` prints the script that asks."""
+    from click.shell_completion import shell_complete
+
+    return shell_complete(cli, {}, "nsa", COMPLETION, os.environ[COMPLETION])
+
+
 def run(args: list[str]) -> int:
     """Run one command line; return its exit code."""
+    log = RunLog(arguments=list(args))
+    code = invoke(args, log)
+    log.write(code)
+    return code
+
+
+def invoke(args: list[str], log: RunLog) -> int:
+    defaults, problem = {}, {}
     try:
-        with cli.make_context("nsa", list(args), obj=Verbosity()) as context:
+        defaults = read_config(cli).default_map(cli)
+    except NSAError as error:
+        problem = {"config error": error}
+    try:
+        with cli.make_context("nsa", list(args), obj=Verbosity(), default_map=defaults) as context:
+            context.meta.update(problem | {RunLog: log})
             try:
                 cli.invoke(context)
                 sys.stdout.flush()
@@ -108,19 +155,13 @@ def report(error: Exception) -> int:
         import traceback
 
         traceback.print_exception(error)
-    if isinstance(error, NSAError):
-        return _fail(str(error), error.exit_code)
-    if isinstance(error, click.ClickException):
-        context = getattr(error, "ctx", None)
-        hint = f"\nTry '{context.command_path} --help'." if context else ""
-        return _fail(error.format_message().rstrip("."), error.exit_code, hint)
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return _fail("out of memory; close other programs, or read less (nsa plan shows what a context needs)", 1)
-    if isinstance(error, OSError) and error.strerror:
-        return _fail(": ".join(filter(None, (error.filename and os.fsdecode(error.filename), error.strerror))), 1)
-    return _fail(f"unexpected {type(error).__name__}: {error}; -vv shows where", 1)
+    context = getattr(error, "ctx", None) if isinstance(error, click.UsageError) else None
+    message, code = describe(error)
+    return _fail(message, code, f"Try '{context.command_path} --help'." if context else "")
 
 
 def _fail(message: str, code: int, hint: str = "") -> int:
-    click.echo(f"nsa: {' '.join(message.split())}{hint}", err=True)
+    say(f"nsa: {message}", QUIET, fg="red")
+    if hint:
+        say(hint, QUIET)
     return code

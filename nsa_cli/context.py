@@ -10,6 +10,7 @@
     the text of src/b.py
 
 Listing, headers and texts are encoded one by one: a file's tokens do not depend on its neighbours, so counts add up.
+A file may be there as its outline, and one of which only the name is wanted stands in the listing alone.
 """
 
 import re
@@ -43,17 +44,33 @@ class Place:
     last_line: int
 
 
+@dataclass(frozen=True)
+class Grid:
+    """The model's blocks of `block` tokens, as seen from a context that `offset` tokens of the prompt precede."""
+
+    block: int
+    offset: int
+
+    def next(self, token: int) -> int:
+        """The first block that begins at `token` or after it."""
+        return token + -(token + self.offset) % self.block
+
+
 @dataclass(frozen=True, eq=False)
 class ContextFile:
     """A document, or some lines of a long one, at tokens [start, stop) of a context; its header comes first."""
 
-    path: str
+    document: Document = field(repr=False)
     text: str = field(repr=False)  # ends in a line end
     header: array = field(repr=False)  # ids
     body: array = field(repr=False)  # ids
     offsets: array = field(repr=False)  # character of `text` where each token of `body` starts; then its length
     start: int = 0
-    first_line: int = 1
+    first_line: int = 1  # of the document's text
+
+    @property
+    def path(self) -> str:
+        return self.document.path
 
     @property
     def tokens(self) -> int:
@@ -73,10 +90,15 @@ class ContextFile:
         first = self.offsets[max(start - body, 0)]
         # A token may hold several line ends, or only some bytes of a character: look where the next one starts.
         last = max(self.offsets[min(max(stop - body, 0), len(self.body))] - 1, first)
-        return Place(self.path, self.line_at(first), self.line_at(last))
+        return Place(self.path, *(self.file_line(self.line_at(character)) for character in (first, last)))
 
     def line_at(self, character: int) -> int:
+        """The line of the document's text."""
         return self.first_line + bisect_left(self.line_ends, character)
+
+    def file_line(self, line: int) -> int:
+        """The line of the file, of which an outline holds a few."""
+        return self.document.lines[line - 1] if self.document.lines else line
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,21 +109,32 @@ class Context:
     listing: array  # ids
     skips: list[Skip]
     tokenizer: "Tokenizer"
+    grid: Grid | None = None  # files after the first thing begin at a block; between them are empty lines
+    documents: list[Document] = field(default_factory=list)  # in order, with those that only the listing names
 
     @property
     def tokens(self) -> int:
-        return self.files[-1].stop
+        return self.files[-1].stop if self.files else len(self.listing)
 
     @cached_property
     def ids(self) -> list[int]:
-        return [*self.listing, *(token for file in self.files for part in (file.header, file.body) for token in part)]
+        ids = list(self.listing)
+        padding = self.tokenizer.encode("\n")[-1:]
+        for file in self.files:
+            ids += padding * (file.start - len(ids))
+            ids += [*file.header, *file.body]
+        return ids
 
     def locate(self, start: int, stop: int) -> list[Place]:
         """The lines that tokens [start, stop) come from, file by file.
 
-        A header counts as its file's first line; the listing is nowhere.
+        A header counts as its file's first line; the listing and what lies between files are nowhere.
         """
         return [file.lines(start, stop) for file in self.files if max(start, file.start) < min(stop, file.stop)]
+
+    def cite(self, path: str, first: int, last: int) -> str:
+        """Lines of a file as people cite them: `a.py:3-9`, `book.pdf p. 41`, `novel.epub ch. 7 "title"`."""
+        return next(file.document for file in self.files if file.path == path).cite(first, last)
 
     def split(self, max_tokens: int) -> list["Context"]:
         """Contexts of at most `max_tokens` tokens that hold all files in order, without the listing.
@@ -112,28 +145,43 @@ class Context:
         if self.tokens <= max_tokens:
             return [self]
         shards: list[list[ContextFile]] = []
-        room = 0
         for part in (part for file in self.files for part in cut(file, max_tokens, self.tokenizer)):
-            if part.tokens > room:
+            (placed,) = place_after(shards[-1][-1].stop if shards else 0, [part], self.grid)
+            if not shards or placed.stop > max_tokens:
                 shards.append([])
-                room = max_tokens
-            shards[-1].append(part)
-            room -= part.tokens
-        return [Context(place_after(0, shard), array("I"), self.skips, self.tokenizer) for shard in shards]
+                placed = replace(part, start=0)
+            shards[-1].append(placed)
+        return [Context(shard, array("I"), self.skips, self.tokenizer, self.grid) for shard in shards]
 
 
-def build_context(documents: Sequence[Document], tokenizer: "Tokenizer", skips: Sequence[Skip] = ()) -> Context:
+def build_context(
+    documents: Sequence[Document], tokenizer: "Tokenizer", skips: Sequence[Skip] = (), grid: Grid | None = None
+) -> Context:
     """The context of `documents` (at least one) in their order."""
-    names = "".join(f"{document.path}\n" for document in documents)
-    listing = array("I", tokenizer.encode(f"Files:\n{names}\n") if len(documents) > 1 else ())
-    files = [encode(document.path, document.text, tokenizer) for document in documents]
-    return Context(place_after(len(listing), files), listing, list(skips), tokenizer)
+    return arrange(documents, [encode(d, tokenizer) for d in documents if d.level != "name"], tokenizer, skips, grid)
 
 
-def encode(path: str, text: str, tokenizer: "Tokenizer", first_line: int = 1) -> ContextFile:
-    """A file, not yet placed in a context. first_line > 1: a long file's continuation."""
-    lines = "" if first_line == 1 else f" (from line {first_line})"
-    header = array("I", tokenizer.encode(f"=== {path}{lines} ===\n"))
+def arrange(
+    documents: Sequence[Document],
+    files: Sequence[ContextFile],
+    tokenizer: "Tokenizer",
+    skips: Sequence[Skip],
+    grid: Grid | None,
+) -> Context:
+    """The context of documents that are encoded, all but those of which only the name is wanted."""
+    listing = array("I", tokenizer.encode(listing_text(documents)) if len(documents) > 1 else ())
+    placed = place_after(len(listing), files, grid)
+    return Context(placed, listing, list(skips), tokenizer, grid, list(documents))
+
+
+def listing_text(documents: Sequence[Document]) -> str:
+    notes = {"full": "", "outline": " (outline)", "name": " (name only)"}
+    return "Files:\n" + "".join(f"{document.path}{notes[document.level]}\n" for document in documents) + "\n"
+
+
+def encode(document: Document, tokenizer: "Tokenizer", text: str | None = None, first_line: int = 1) -> ContextFile:
+    """A file, not yet placed in a context. text: only this, from line `first_line` of the document's text on."""
+    text = document.text if text is None else text
     text = text if text.endswith("\n") else text + "\n"
     body, offsets = array("I"), array("I")
     for start, stop in pairwise(block_borders(text)):
@@ -141,23 +189,42 @@ def encode(path: str, text: str, tokenizer: "Tokenizer", first_line: int = 1) ->
         body.extend(ids)
         offsets.extend(start + offset for offset in starts)
     offsets.append(len(text))
-    return ContextFile(path, text, header, body, offsets, first_line=first_line)
+    file = ContextFile(document, text, array("I"), body, offsets, first_line=first_line)
+    return replace(file, header=array("I", tokenizer.encode(f"=== {title(file)} ===\n")))
+
+
+def title(file: ContextFile) -> str:
+    """A path, and what there is to say about what follows: `a.py (outline)`, `book.pdf (from p. 41)`."""
+    line = file.file_line(file.first_line)
+    part = file.document.part_at(line)
+    notes = ["outline"] if file.document.level == "outline" else []
+    if file.first_line > 1:
+        notes.append(f"from {part}" if part and file.document.converted else f"from line {line}")
+    return f"{file.path} ({', '.join(notes)})" if notes else file.path
 
 
 def block_borders(text: str) -> Iterator[int]:
-    """0, then about every BLOCK_CHARS characters the start of a line, then the length."""
+    """0, then about every BLOCK_CHARS characters the start of a line, then the length.
+
+    A line that is as long alone is cut as well, between words where there are any.
+    """
     border = 0
     yield border
     while border < len(text):
-        border = text.find("\n", border + BLOCK_CHARS - 1) + 1 or len(text)
+        latest = border + BLOCK_CHARS
+        stop = text.find("\n", latest - 1, latest + BLOCK_CHARS) + 1
+        if not stop and len(text) > latest + BLOCK_CHARS:
+            stop = max(text.rfind("\n", border, latest) + 1, text.rfind(" ", border, latest))
+            stop = stop if stop > border else latest
+        border = stop or len(text)
         yield border
 
 
-def place_after(start: int, files: Sequence[ContextFile]) -> list[ContextFile]:
+def place_after(start: int, files: Sequence[ContextFile], grid: Grid | None = None) -> list[ContextFile]:
     """The files one after another from token `start` on."""
     placed = []
     for file in files:
-        placed.append(replace(file, start=start))
+        placed.append(replace(file, start=grid.next(start) if grid and start else start))
         start = placed[-1].stop
     return placed
 
@@ -184,7 +251,7 @@ def longest_part(file: ContextFile, start: int, max_tokens: int, tokenizer: "Tok
     while room > 0:
         stop = file.offsets[min(first_token + room, len(file.body))]
         stop = file.text.rfind("\n", start, stop) + 1 or stop
-        part = encode(file.path, file.text[start:stop], tokenizer, first_line)
+        part = encode(file.document, tokenizer, file.text[start:stop], first_line)
         if part.tokens <= max_tokens and stop > start:
             return part, stop
         room -= max(part.tokens - max_tokens, 1)
@@ -212,13 +279,15 @@ def check_budget(tokens: int, limit: int, files: Sequence[ContextFile]) -> None:
         + (
             f"it fits with {advice}"
             if advice
-            else "narrow it with --include, or use nsa summarize, which reads in parts"
+            else "narrow it with --include, or give --overflow drop, outline or shard"
         )
     )
 
 
 def what_to_exclude(over: int, sizes: dict[str, int]) -> list[str]:
-    """The smallest file or directory that holds `over` tokens; else the two or three largest files that do; else []."""
+    """The smallest file or directory that holds `over` tokens; else the two or three largest files that do; else the
+    two or three largest directories or files beside each other that do; else [].
+    """
     candidates = Counter(sizes)
     for path, tokens in sizes.items():
         candidates.update({str(parent): tokens for parent in PurePosixPath(path).parents if parent.name})
@@ -226,10 +295,11 @@ def what_to_exclude(over: int, sizes: dict[str, int]) -> list[str]:
     enough = [(tokens, path) for path, tokens in candidates.items() if over <= tokens < whole]
     if enough:
         return [min(enough)[1]]
-    largest = sorted(sizes, key=sizes.__getitem__, reverse=True)
-    for count in (2, 3):
-        if count < len(sizes) and sum(sizes[path] for path in largest[:count]) >= over:
-            return largest[:count]
+    for pool in (sizes, {path: n for path, n in candidates.items() if "/" not in path.strip("/")}):
+        largest = sorted(pool, key=pool.__getitem__, reverse=True)
+        for count in (2, 3):
+            if count < len(pool) and sum(pool[path] for path in largest[:count]) >= over:
+                return largest[:count]
     return []
 
 

@@ -1,7 +1,7 @@
 """Where a question leads: the blocks that drew its words' attention, as path and lines."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,9 +19,10 @@ class Evidence:
     start: int
     end: int
     lift: float
+    place: str = field(default="", compare=False)  # as people cite it: `a.py:3-9`, `book.pdf p. 41`
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.start}-{self.end}  lift {self.lift:.1f}x"
+        return f"{self.place}  lift {self.lift:.1f}x"
 
     def to_json(self) -> dict:
         return asdict(self) | {"lift": round(self.lift, 2)}
@@ -42,7 +43,11 @@ def find_evidence(retrieval: "RetrievalMass", context: "Context", offset: int, l
         places += [(block, Evidence(p.path, p.first_line, p.last_line, float(mass[block]) / expected)) for p in found]
         if len(places) >= limit:
             break
-    return merge(places[:limit])
+    cited: dict[str, Evidence] = {}  # two blocks of one page are one place to look
+    for e in merge(places[:limit]):
+        place = context.cite(e.path, e.start, e.end)
+        cited.setdefault(place, replace(e, place=place))
+    return list(cited.values())
 
 
 def merge(places: Sequence[tuple[int, Evidence]]) -> list[Evidence]:

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from platformdirs import user_cache_path, user_data_path
+from platformdirs import user_cache_path, user_config_path, user_data_path
 
 from nsa_models.errors import ModelError
 
@@ -18,6 +18,11 @@ def data_dir() -> Path:
 def cache_dir() -> Path:
     """Stored contexts: $NSA_CACHE_DIR, else the user's cache directory."""
     return Path(os.environ.get("NSA_CACHE_DIR") or user_cache_path("nsa", appauthor=False))
+
+
+def config_dir() -> Path:
+    """What the user has set and written: $NSA_CONFIG_DIR, else the user's configuration directory."""
+    return Path(os.environ.get("NSA_CONFIG_DIR") or user_config_path("nsa", appauthor=False))
 
 
 def models_dir() -> Path:

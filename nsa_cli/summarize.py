@@ -1,40 +1,67 @@
 """A context -> its summary; what is longer than the model reads is summarized in parts, and then their summaries."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from nsa_cli.answer import Answer, Request, Timings, Usage, answer, document_room, silent
+from nsa_cli.answer import Answer, Request, answer, combined, document_room, silent
 from nsa_cli.checkpoint import Checkpoint
+from nsa_cli.citations import check_citations
 from nsa_cli.output import say, warn
 from nsa_models.errors import BudgetError
 
 if TYPE_CHECKING:
     from nsa_cli.context import Context
 
-WHOLE = "Summarize the text above."
-JOIN = "The texts above summarize consecutive parts of one document. Write one summary of the whole document."
-FOCUS = " Concentrate on this: "
+WHOLE = "Summarize the text above"
+JOIN = "The texts above summarize consecutive parts of one document. Summarize the whole document"
+LENGTHS = {"short": "in one or two sentences", "medium": "in one paragraph", "long": "in several paragraphs"}
+STYLES = {
+    "bullets": "as a list of bullet points",
+    "plain": "in simple words that anyone understands",
+    "headline": "as a headline and one sentence below it",
+    "abstract": "as the abstract of a scientific paper",
+}
+TOKENS_A_WORD = 2  # at most, but for rare words
 LABEL = 32  # tokens that name a part in the text of all summaries, at most
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How a summary should be. length: one of LENGTHS or a number of words; style: one of STYLES."""
+
+    focus: str | None = None
+    length: str | int | None = None
+    style: str | None = None
+
+    def wording(self, instruction: str) -> str:
+        length = LENGTHS.get(self.length, f"in about {self.length} words") if self.length else None
+        ways = ", ".join(filter(None, (length, STYLES.get(self.style))))
+        focus = f" Concentrate on this: {self.focus}" if self.focus else ""
+        return f"{instruction}{' ' * bool(ways)}{ways}.{focus}"
+
+    def max_tokens(self) -> int:
+        """What a summary of this many words may take; 0 where no number is wished for."""
+        return self.length * TOKENS_A_WORD if isinstance(self.length, int) else 0
 
 
 def summarize(
     checkpoint: Checkpoint,
     context: "Context",
-    focus: str | None,
     request: Request,
     tell: Callable[[str], None],
-    instruction: str = WHOLE,
+    instruction: str,
+    join: str,
 ) -> Answer:
     """Summarize in one pass where that fits, else part by part and then the parts' summaries, as often as needed.
+    instruction: what is asked about a text or a part of it. join: what is asked about the replies to that.
 
     tell: gets the last pass's text as it comes. Interrupted before that pass, nothing is worth keeping: it raises
     KeyboardInterrupt. BudgetError if the parts' summaries cannot be much shorter than the parts.
     """
-    question = instruction + (FOCUS + focus if focus else "")
-    room = document_room(checkpoint, question, request)
+    room = document_room(checkpoint, instruction, request)
     if len(context.ids) <= room:
-        return answer(checkpoint, context, question, request, tell)
+        return answer(checkpoint, context, instruction, request, tell)
     longest = request.sampling.max_tokens
     if room < 2 * (longest + LABEL):
         raise BudgetError(
@@ -43,13 +70,14 @@ def summarize(
         )
     shards = context.split(room)
     say(f"nsa: {len(context.ids):,} tokens, {room:,} fit: summarizing {len(shards)} parts, then their summaries")
-    parts = [_part(checkpoint, shard, question, request, i, len(shards)) for i, shard in enumerate(shards, 1)]
+    parts = [_part(checkpoint, shard, instruction, request, i, len(shards)) for i, shard in enumerate(shards, 1)]
     joined = _join(checkpoint, parts)
     if len(joined.ids) >= len(context.ids):
         raise BudgetError(f"{len(shards)} parts' summaries are no shorter than the text; lower --max-tokens")
     later = replace(request, use_store=False, evidence=0)  # summaries are asked about once, and are no place to look
-    whole = summarize(checkpoint, joined, focus, later, tell, JOIN)
-    return _combined(parts, whole, request.evidence)
+    whole = summarize(checkpoint, joined, later, tell, join, join)
+    whole = combined(parts, whole, request.evidence)
+    return replace(whole, shards=len(parts), citations=check_citations(whole.text, context))
 
 
 def _part(checkpoint, shard: "Context", question: str, request: Request, number: int, of: int) -> Answer:
@@ -68,16 +96,3 @@ def _join(checkpoint: Checkpoint, parts: Sequence[Answer]) -> "Context":
 
     documents = [Document(f"part {i:0{len(str(len(parts)))}}", part.text) for i, part in enumerate(parts, 1)]
     return build_context(documents, checkpoint.tokenizer)
-
-
-def _combined(parts: Sequence[Answer], whole: Answer, limit: int) -> Answer:
-    """The last answer, with the evidence of the first reading and what everything together cost."""
-    every = [*parts, whole]
-    evidence = sorted((e for part in parts for e in part.evidence), key=lambda e: -e.lift)
-    return replace(
-        whole,
-        evidence=evidence[:limit],
-        usage=Usage(*map(sum, zip(*(astuple(a.usage) for a in every), strict=True))),
-        timings=Timings(*map(sum, zip(*(astuple(a.timings) for a in every), strict=True))),
-        shards=len(parts),
-    )

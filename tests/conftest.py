@@ -1,6 +1,7 @@
 """What the tests share: a tiny checkpoint with a tokenizer, and `nsa` run inside this process."""
 
 import io
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -23,6 +24,13 @@ class Run(NamedTuple):
     code: int
     out: str
     err: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_settings(tmp_path_factory) -> None:
+    """The tests do not see what the user has set."""
+    os.environ["NSA_CONFIG_DIR"] = str(tmp_path_factory.mktemp("config"))
+    os.environ.pop("NSA_LOG", None)
 
 
 @pytest.fixture(scope="session")
@@ -135,6 +143,7 @@ def nsa(tiny_checkpoint: Path, tmp_path: Path, monkeypatch, capsys) -> Callable[
 
     monkeypatch.setenv("NSA_MODEL", str(tiny_checkpoint))
     monkeypatch.setenv("NSA_CACHE_DIR", str(tmp_path / "store"))
+    monkeypatch.setenv("NSA_CONFIG_DIR", str(tmp_path / "config"))
 
     def call(*args: object, stdin: str | bytes = "") -> Run:
         data = stdin.encode() if isinstance(stdin, str) else stdin

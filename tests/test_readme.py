@@ -80,7 +80,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
     """As a new user's: no settings, an empty store, this interpreter's `nsa`."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("NSA_") or k == "NSA_DATA_DIR"}
     path = os.pathsep.join([str(Path(sys.executable).parent), kept["PATH"]])
-    return kept | {"PATH": path, "NSA_CACHE_DIR": str(tmp_path_factory.mktemp("store"))}
+    return kept | {"PATH": path, "NSA_CACHE_DIR": str(tmp_path_factory.mktemp("store")), "NSA_CONFIG_DIR": os.devnull}
 
 
 def test_the_commands_print_what_the_readme_shows(directory, environment):

@@ -5,9 +5,11 @@ import time
 
 import click
 
+from nsa_cli.completion import complete_stored
 from nsa_cli.output import say, verbosity_options
 from nsa_cli.settings import cache_dir
 from nsa_cli.store import Entry, Store
+from nsa_cli.token_cache import FILE as TOKENS
 from nsa_cli.units import format_bytes
 
 
@@ -32,7 +34,12 @@ def command(context: click.Context) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per stored context.")
 @verbosity_options
 def ls(as_json: bool) -> None:
-    """List stored contexts, the last used first."""
+    """List stored contexts, the last used first.
+
+    \b
+      nsa cache ls
+      nsa cache ls --json | jq .bytes
+    """
     entries = Store(cache_dir()).entries()
     if as_json:
         for entry in entries:
@@ -48,23 +55,35 @@ def ls(as_json: bool) -> None:
 
 
 @command.command()
-@click.argument("ids", nargs=-1, metavar="[ID]...")
-@click.option("--all", "everything", is_flag=True, help="Remove every stored context.")
+@click.argument("ids", nargs=-1, metavar="[ID]...", shell_complete=complete_stored)
+@click.option("--all", "everything", is_flag=True, help="Remove every stored context, and the counted tokens of files.")
 @verbosity_options
 def rm(ids: tuple[str, ...], everything: bool) -> None:
-    """Remove stored contexts by id, or by as much of it as is unique."""
+    """Remove stored contexts by id, or by as much of it as is unique.
+
+    \b
+      nsa cache rm 3f09
+      nsa cache rm --all
+    """
     store = Store(cache_dir())
     if bool(ids) == everything:
         raise click.UsageError("name the ids to remove, or give --all")
     if everything:
         ids = tuple(entry.id for entry in store.entries())
     removed = [store.remove(prefix) for prefix in ids]
+    if everything:
+        (cache_dir() / TOKENS).unlink(missing_ok=True)
     say(f"removed {len(removed)}, {format_bytes(sum(e.bytes for e in removed))}")
 
 
 @command.command()
 def path() -> None:
-    """Print the folder that holds the stored contexts."""
+    """Print the folder that holds the stored contexts.
+
+    \b
+      nsa cache path
+      du -sh "$(nsa cache path)"
+    """
     click.echo(Store(cache_dir()).root)
 
 

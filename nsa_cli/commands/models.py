@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from nsa_cli.completion import complete_models
 from nsa_cli.settings import BUILTIN, models_dir, resolve_model
 from nsa_models.errors import ModelError
 
@@ -30,7 +31,12 @@ def command(context: click.Context) -> None:
 @click.option("--base", type=click.Path(path_type=Path), help="The base model's file, instead of downloading it.")
 @click.option("--force", is_flag=True, help="Write it anew if it is installed already.")
 def install(name: str, base: Path | None, force: bool) -> None:
-    """Install a built-in model (NAME, by default the only one) under the user's data directory."""
+    """Install a built-in model (NAME, by default the only one) under the user's data directory.
+
+    \b
+      nsa models install
+      nsa models install --base SmolLM2-135M-Instruct.Q4_1.gguf
+    """
     from nsa_models.install import install
 
     target = models_dir() / name
@@ -44,7 +50,12 @@ def install(name: str, base: Path | None, force: bool) -> None:
 @command.command("ls", short_help="List installed and built-in models.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def list_(as_json: bool) -> None:
-    """List installed models, and built-in ones that are not installed."""
+    """List installed models, and built-in ones that are not installed.
+
+    \b
+      nsa models ls
+      nsa models ls --json | jq -r .path
+    """
     from nsa_models.install import manifests
 
     found = {p.parent.name for p in models_dir().glob("*/config.json")} | set(manifests())
@@ -75,9 +86,14 @@ def _row(name: str) -> dict:
 
 
 @command.command(short_help="Show a checkpoint's configuration and card.")
-@click.argument("name", default=BUILTIN)
+@click.argument("name", default=BUILTIN, shell_complete=complete_models)
 def show(name: str) -> None:
-    """Show a checkpoint's configuration and, if it has one, its model card."""
+    """Show a checkpoint's configuration and, if it has one, its model card.
+
+    \b
+      nsa models show
+      nsa models show my-checkpoint/
+    """
     from nsa_models.formats import read_config
     from nsa_models.install import CARD
 
@@ -88,9 +104,14 @@ def show(name: str) -> None:
 
 
 @command.command(short_help="Check that a checkpoint is usable.")
-@click.argument("name", default=BUILTIN)
+@click.argument("name", default=BUILTIN, shell_complete=complete_models)
 def check(name: str) -> None:
-    """Check a checkpoint: weights, tokenizer, template, and that it computes. Exit code 5 if it is not usable."""
+    """Check a checkpoint: weights, tokenizer, template, and that it computes. Exit code 5 if it is not usable.
+
+    \b
+      nsa models check
+      nsa models check my-checkpoint/
+    """
     from nsa_models.check import check
 
     for line in check(resolve_model(name)):

@@ -1,28 +1,166 @@
 """Options that commands share. Each decorator hands its command one value."""
 
+import codecs
 import functools
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
 from nsa_cli.answer import Request
 from nsa_cli.checkpoint import Checkpoint
-from nsa_cli.output import verbosity_options
-from nsa_cli.units import parse_quantity
+from nsa_cli.completion import complete_models
+from nsa_cli.documents import ReadOptions
+from nsa_cli.documents.ignore import KINDS
+from nsa_cli.documents.table import MAX_ROWS
+from nsa_cli.output import output_option, verbosity_options
+from nsa_cli.packing import LEVELS, ORDERS, OVERFLOWS, Packing
+from nsa_cli.units import format_bytes, parse_quantity
+from nsa_models.errors import InputError
 from nsa_models.sampling import Sampling
 
-__all__ = ["answer_options", "checkpoint_options", "json_option", "paths_or_stdin", "verbosity_options"]
+__all__ = [
+    "answer_options",
+    "checkpoint_options",
+    "document_options",
+    "json_option",
+    "output_option",
+    "packing_options",
+    "paths_or_stdin",
+    "strict_option",
+    "verbosity_options",
+]
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+strict_option = click.option(
+    "--strict", is_flag=True, help="Fail (exit code 6) if a quote or a path:line in the answer is not in the text."
+)
 
 
-def paths_or_stdin(paths: Sequence[str]) -> tuple[str, ...]:
-    """The paths, or `-` where there are none; a usage error rather than waiting for someone to type a document."""
+def paths_or_stdin(paths: Sequence[str], read: ReadOptions | None = None) -> tuple[str, ...]:
+    """The paths, or `-` where nothing is named; a usage error rather than waiting for someone to type a document."""
+    if read and (read.listed or read.diff or read.log):
+        return tuple(paths)
+    if read and read.revision:
+        return tuple(paths) or (".",)
     if not paths and (sys.stdin is None or sys.stdin.isatty()):
         raise click.UsageError("no document: name a file or a folder, or pipe text in")
     return tuple(paths) or ("-",)
+
+
+def document_options(command):
+    """Add the options that say what is read; the command gets a `read`, a ReadOptions."""
+
+    @functools.wraps(command)
+    def reading(*args, files_from, null, no_gitignore, no_nsaignore, no_default_ignores, **kwargs):
+        own = {name: kwargs.pop(name) for name in ReadOptions.__dataclass_fields__ if name in kwargs}
+        read = ReadOptions(
+            **own,
+            listed=read_list(files_from, null),
+            gitignore=not no_gitignore,
+            own_ignores=not no_nsaignore,
+            default_ignores=not no_default_ignores,
+        )
+        return command(*args, read=read, **kwargs)
+
+    pattern, flag = dict(metavar="PATTERN", multiple=True), dict(is_flag=True)
+    size = format_bytes(ReadOptions.max_file_bytes)
+    return _add(
+        reading,
+        click.option(
+            "--include", **pattern, help="Read only matching files of directories: '*.py', docs, 'src/**/*.c'."
+        ),
+        click.option(
+            "--exclude", **pattern, help="Leave matching files out: tests, '*.svg', /docs/old, as in .gitignore."
+        ),
+        click.option(
+            "--files-from", metavar="FILE|-", help="Also read the files that FILE or stdin lists, one a line."
+        ),
+        click.option(
+            "-0", "--null", **flag, help="In --files-from, names end in a NUL byte: find -print0, git ls-files -z."
+        ),
+        click.option("--rev", "revision", metavar="REV", help="Read files as they were in this git revision."),
+        click.option("--diff", metavar="REV", help="Read git's diff of the work tree with REV, or of a range A..B."),
+        click.option("--log", type=click.IntRange(1), metavar="N", help="Read git's log of the last N commits."),
+        click.option("--hidden", **flag, help="Also read hidden files; those that git tracks are read anyway."),
+        click.option("--follow-links", **flag, help="Also read what symbolic links in directories lead to."),
+        click.option("--submodules", **flag, help="Also read repositories inside a repository."),
+        click.option("--no-gitignore", **flag, help="Also read what .gitignore and git's other excludes leave out."),
+        click.option("--no-nsaignore", **flag, help="Also read what .nsaignore and .ignore leave out."),
+        click.option("--no-default-ignores", **flag, help="Also read every KIND of --keep."),
+        click.option(
+            "--keep",
+            type=click.Choice(KINDS),
+            metavar="KIND",
+            multiple=True,
+            help=f"Also read what is left out as {', '.join(KINDS)}.",
+        ),
+        click.option(
+            "--max-file-size",
+            "max_file_bytes",
+            metavar="BYTES",
+            type=parse_quantity,
+            default=str(ReadOptions.max_file_bytes),
+            help=f"Skip larger files of directories: 500k, 2M. [default: {size}; PDF, EPUB, DOCX 64 MB]",
+        ),
+        click.option(
+            "--encoding", metavar="NAME", callback=_known_encoding, help="Of text files: cp1252, utf-16, shift_jis."
+        ),
+        click.option(
+            "--all-rows", **flag, help=f"Read all of a CSV, TSV or JSONL file, not its first {MAX_ROWS} rows."
+        ),
+    )
+
+
+def read_list(file: str | None, null: bool) -> tuple[str, ...]:
+    """The names in a file, or on stdin for `-`, one a line or each before a NUL byte."""
+    if not file:
+        if null:
+            raise click.UsageError("-0 says how --files-from is written, which is not given")
+        return ()
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as error:
+        raise InputError(f"{file}: {(error.strerror or str(error)).lower()}") from None
+    names = os.fsdecode(data).split("\0") if null else os.fsdecode(data).splitlines()
+    names = tuple(name for name in names if name.strip())
+    if not names:
+        raise InputError(f"{'<stdin>' if file == '-' else file}: lists no files")
+    return names
+
+
+def packing_options(command):
+    """Add the options that say how documents become a context; the command gets a `packing`."""
+
+    @functools.wraps(command)
+    def with_packing(*args, level, **kwargs):
+        own = {name: kwargs.pop(name) for name in ("order", "overflow", "reserve", "align")}
+        return command(*args, packing=Packing(levels=level, **own), **kwargs)
+
+    return _add(
+        with_packing,
+        _option(
+            "--order", type=click.Choice(ORDERS), default=Packing.order, help="Of files; what matters most comes last."
+        ),
+        click.option(
+            "--level",
+            metavar="PATTERN=LEVEL",
+            multiple=True,
+            callback=_levels,
+            help="full, outline (definitions, headings) or name for matching files; the first match counts.",
+        ),
+        _option(
+            "--overflow",
+            type=click.Choice(OVERFLOWS),
+            default=Packing.overflow,
+            help="Where files do not fit: error, read in parts (shard), outline or drop what matters least.",
+        ),
+        _option("--reserve", type=parse_quantity, metavar="TOKENS", help="Keep so much free for question and answer."),
+        click.option("--align", is_flag=True, help="Begin files where a block of the model's attention begins."),
+    )
 
 
 def checkpoint_options(command):
@@ -34,7 +172,13 @@ def checkpoint_options(command):
 
     return _add(
         with_checkpoint,
-        _option("--model", "-m", metavar="NAME|PATH", help="Installed model or checkpoint directory."),
+        _option(
+            "--model",
+            "-m",
+            metavar="NAME|PATH",
+            shell_complete=complete_models,
+            help="Installed model or checkpoint directory.",
+        ),
         _option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: a GPU if there is one."),
         _option("--threads", type=click.IntRange(1), help="CPU threads. Default: one per core."),
     )
@@ -87,6 +231,22 @@ def _add(command, *options):
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def _known_encoding(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
+    try:
+        # Some codecs, such as rot13 and zip, are none of text.
+        return codecs.lookup(name).name if name and isinstance(b"a".decode(name, "replace"), str) else None
+    except (LookupError, UnicodeError):
+        raise click.BadParameter(f"no encoding {name!r}; try utf-8, cp1252, shift_jis or gb18030") from None
+
+
+def _levels(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    pairs = tuple((pattern, level) for pattern, _, level in (value.rpartition("=") for value in values))
+    for pattern, level in pairs:
+        if not pattern or level not in LEVELS:
+            raise click.BadParameter(f"write PATTERN=LEVEL with a level of {', '.join(LEVELS)}: 'tests=outline'")
+    return pairs
 
 
 def _not_empty(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:

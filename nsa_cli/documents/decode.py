@@ -2,6 +2,8 @@
 
 import codecs
 
+from nsa_cli.documents.document import NotText
+
 # The four-byte marks first: UTF-16's little-endian mark is a prefix of UTF-32's.
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -35,22 +37,23 @@ CENTRAL_EUROPEAN = ("cp1250", "cp1254", "cp1257")
 CONTROL = frozenset(map(chr, [*range(0x08), *range(0x0E, 0x1B), *range(0x7F, 0xA0)]))
 
 
-class NotText(ValueError):
-    """The bytes are no text; the message says what they are."""
+def decode(data: bytes, encoding: str | None = None) -> str:
+    """The text of `data` without byte order mark, its line ends as \\n; `encoding` where no mark says another.
+
+    Raises NotText.
+    """
+    return _decode(data, encoding).replace("\r\n", "\n").replace("\r", "\n")
 
 
-def decode(data: bytes) -> str:
-    """The text of `data` without byte order mark, its line ends as \\n. Raises NotText."""
-    return _decode(data).replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _decode(data: bytes) -> str:
-    for mark, encoding in BYTE_ORDER_MARKS:
+def _decode(data: bytes, encoding: str | None) -> str:
+    for mark, marked in BYTE_ORDER_MARKS:
         if data.startswith(mark):
-            return _strict(data, encoding)
+            return _strict(data, marked, "in spite of its byte order mark")
     for magic, kind in MAGIC:
         if data.startswith(magic):
             raise NotText(f"binary ({kind})")
+    if encoding:
+        return _strict(data, encoding, "as --encoding says")
     if b"\0" in data:
         raise NotText("binary")
     try:
@@ -59,11 +62,14 @@ def _decode(data: bytes) -> str:
         return _guess(data)
 
 
-def _strict(data: bytes, encoding: str) -> str:
+def _strict(data: bytes, encoding: str, where: str) -> str:
     try:
-        return data.decode(encoding)
-    except UnicodeDecodeError:
-        raise NotText(f"not valid {encoding.removesuffix('-sig').upper()} in spite of its byte order mark") from None
+        text = data.decode(encoding)
+    except UnicodeError:
+        raise NotText(f"not valid {encoding.removesuffix('-sig').upper()} {where}") from None
+    if "\0" in text:
+        raise NotText("binary")
+    return text
 
 
 def _guess(data: bytes) -> str:

@@ -1,24 +1,32 @@
 """Ignore rules: gitignore patterns as git applies them, and git's own word where it is there."""
 
 import os
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
 from pathspec.patterns.gitignore.spec import GitIgnoreSpecPattern
 
+from nsa_cli.documents.document import ReadOptions
+from nsa_cli.documents.git import run_git
+
 GIT_FILES = (".git/info/exclude", ".gitignore")  # the later, the stronger
 OWN_FILES = (".ignore", ".nsaignore")
 
-# What is almost never the subject of a question: tools' folders, installed packages, lock files, minified code.
-DEFAULT_IGNORES = """
-.hg/ .svn/ .jj/ .idea/ .DS_Store .env .env.*
-node_modules/ bower_components/ .venv/ venv/ site-packages/ *.egg-info/ .gradle/ .terraform/ .next/ .nuxt/
-__pycache__/ .tox/ .nox/ .mypy_cache/ .pytest_cache/ .ruff_cache/ .hypothesis/ .ipynb_checkpoints/ .cache/
-package-lock.json npm-shrinkwrap.json yarn.lock pnpm-lock.yaml bun.lock poetry.lock uv.lock pdm.lock Pipfile.lock
-Cargo.lock Gemfile.lock composer.lock go.sum flake.lock mix.lock Podfile.lock packages.lock.json gradle.lockfile
-*.min.js *.min.mjs *.min.css *.js.map *.css.map *.tsbuildinfo
-""".split()  # noqa: SIM905
+# What is almost never the subject of a question, by kind. detect.py finds more of some kinds by their text.
+DEFAULT_IGNORES = {
+    "tools": ".hg/ .svn/ .jj/ .idea/ .DS_Store .env .env.*",
+    "packages": "node_modules/ bower_components/ .venv/ venv/ site-packages/ *.egg-info/",
+    "vendored": "/vendor/ third_party/ third-party/",
+    "caches": """__pycache__/ .tox/ .nox/ .mypy_cache/ .pytest_cache/ .ruff_cache/ .hypothesis/ .ipynb_checkpoints/
+        .cache/ .gradle/ .terraform/ .next/ .nuxt/ *.tsbuildinfo""",
+    "locks": """package-lock.json npm-shrinkwrap.json yarn.lock pnpm-lock.yaml bun.lock poetry.lock uv.lock pdm.lock
+        Pipfile.lock Cargo.lock Gemfile.lock composer.lock go.sum flake.lock mix.lock Podfile.lock packages.lock.json
+        gradle.lockfile""",
+    "minified": "*.min.js *.min.mjs *.min.css *.js.map *.css.map",
+    "generated": "",
+    "encoded": "",
+}
+KINDS = tuple(DEFAULT_IGNORES)
 
 
 class Rule:
@@ -109,10 +117,16 @@ def git_rules(root: Path, repository: Path | None, use_files: bool) -> "Rules | 
     return above(Rules(GIT_FILES).adding(as_base(repository or root), excludes), root, repository)
 
 
-def own_rules(root: Path, repository: Path | None, use_defaults: bool) -> Rules:
+def own_rules(root: Path, repository: Path | None, options: ReadOptions) -> Rules:
     """The default ignores, then .ignore and .nsaignore files up to the repository's top."""
-    rules = Rules(OWN_FILES).adding(as_base(repository or root), DEFAULT_IGNORES if use_defaults else ())
+    rules = Rules(OWN_FILES if options.own_ignores else ())
+    rules = rules.adding(as_base(repository or root), default_patterns(options))
     return above(rules, root, repository)
+
+
+def default_patterns(options: ReadOptions) -> list[str]:
+    kinds = [kind for kind in KINDS if options.default_ignores and kind not in options.keep]
+    return [pattern for kind in kinds for pattern in DEFAULT_IGNORES[kind].split()]
 
 
 def above(rules: Rules, root: Path, repository: Path | None) -> Rules:
@@ -142,13 +156,8 @@ def git_listing(root: Path, use_files: bool) -> GitListing | None:
 
 def git_paths(root: Path, *options: str) -> list[str]:
     """Paths below `root` from `git ls-files`; [] when git fails."""
-    # The repository's own configuration may name a program as core.fsmonitor; reading a folder must not run it.
-    command = ["git", "-c", "core.fsmonitor=false", "-C", str(root), "ls-files", "-z", *options]
-    # A hook's GIT_DIR or GIT_INDEX_FILE points at another repository than the one that was named.
-    redirects = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR")
-    environment = {name: value for name, value in os.environ.items() if name not in redirects}
     try:
-        run = subprocess.run(command, capture_output=True, env=environment)
+        run = run_git(root, "ls-files", "-z", *options)
     except OSError:
         return []
     return [path for path in os.fsdecode(run.stdout).split("\0") if path] if run.returncode == 0 else []

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from nsa_cli.documents.decode import NotText, decode
-from nsa_cli.documents.document import Document, ReadOptions, Skip
+from nsa_cli.documents.detect import machine_made
+from nsa_cli.documents.document import Document, Extract, NotText, ReadOptions, Skip
 from nsa_cli.documents.ignore import Rules
-from nsa_cli.documents.walk import walk
+from nsa_cli.documents.readers import BOOKS, PROSE, extract, suffix_of
+from nsa_cli.documents.revision import history_documents, read_object, revision_files
+from nsa_cli.documents.walk import walk, wanted
 from nsa_cli.units import format_bytes
 from nsa_models.errors import InputError
 
@@ -29,8 +31,10 @@ class _File:
     path: Path | None  # None = stdin
     shown: str
     max_bytes: int
-    named: bool = True
+    named: bool = True  # it was asked for: read in spite of what it looks like
+    listed: bool = False  # ... by a list of files: where it cannot be read, it is skipped
     reason: str | None = None  # why it cannot be read, if that is known without opening it
+    blob: tuple[Path, str] | None = None  # a directory and git's object, of a file of a revision
 
 
 def read_documents(
@@ -40,74 +44,122 @@ def read_documents(
 
     Both are sorted by path, whatever the order of the arguments or of the file system. Paths are relative to the
     directory when a single one is named, else they begin as they were typed. A named file is read in spite of ignore
-    files and of what --include says. Raises InputError where a named file cannot be read, and where nothing is left.
+    files and of what --include says; `options.listed` too, but what cannot be read of those is only skipped. Raises
+    InputError where a named file cannot be read, and where nothing is left.
     """
-    documents: list[Document] = []
+    history = history_documents(tuple(paths), options) if options.diff or options.log else []
+    documents = list(history)
     skips: list[Skip] = []
     total = 0
     for file in _distinct(_files(paths, options)):
         try:
-            text = _text(file, stdin)
+            extract = _extract(file, options, stdin)
         except Unreadable as error:
-            if file.named:
+            if file.named and not file.listed:
                 raise InputError(f"{file.shown}: {error}") from None
             skips.append(Skip(file.shown, str(error)))
             continue
-        documents.append(Document(file.shown, text))
-        total += len(text)
+        documents.append(Document(file.shown, extract.text, extract.parts, extract.converted, source=file.path))
+        skips += [Skip(file.shown, extract.note)] if extract.note else []
+        total += len(extract.text)
         if total > MAX_TOTAL_BYTES:
             raise InputError(f"more than {format_bytes(MAX_TOTAL_BYTES)} of text; name fewer files or use --include")
     skips.sort(key=lambda skip: (skip.path, skip.reason))
     if not documents:
-        raise InputError(_nothing(paths, skips))
+        raise InputError(_nothing([*paths, *options.listed], skips))
     return sorted(documents, key=lambda document: (document.path, document.text)), skips
 
 
 def _files(paths: Sequence[str], options: ReadOptions) -> Iterator[_File]:
     """Named files first, so that one which a directory holds too counts as named."""
     exclude = Rules().adding("", options.exclude)
-    for name in sorted(paths, key=os.path.isdir):
+    listed = set(options.listed) - set(paths)
+    names = [(name, name in listed) for name in dict.fromkeys([*paths, *options.listed])]
+    if options.revision is not None:
+        yield from _revision_files([name for name, _ in names], options)
+        return
+    for name, in_list in sorted(names, key=lambda item: os.path.isdir(item[0])):
         path = Path(name)
         shown = path.as_posix()
-        if name == "-":
+        if name == "-" and not in_list:
             yield _File(None, STDIN, MAX_NAMED_BYTES)
         elif path.is_dir():
-            prefix = "" if len(paths) == 1 or shown == "." else shown.rstrip("/") + "/"
+            prefix = "" if len(names) == 1 or shown == "." else shown.rstrip("/") + "/"
             root = path.resolve()
             for found in walk(root, options, prefix.lstrip("/")):
                 shown = printable(prefix + found.path) or "."
-                yield _File(root / found.path, shown, options.max_file_bytes, named=False, reason=found.reason)
-        elif not os.path.exists(path):
-            raise InputError(f"no such file or directory: {printable(name)}")
+                limit = _limit(found.path, options)
+                yield _File(root / found.path, shown, limit, named=False, reason=found.reason)
+        elif not os.path.lexists(path) if in_list else not os.path.exists(path):
+            if not in_list:
+                raise InputError(f"no such file or directory: {printable(name)}")
+            yield _File(path, printable(shown), 0, listed=True, reason="no such file or directory")
         elif not exclude.matches(shown.lstrip("/"), is_directory=False):
-            yield _File(path, printable(shown), max(MAX_NAMED_BYTES, options.max_file_bytes))
+            yield _File(path, printable(shown), max(MAX_NAMED_BYTES, options.max_file_bytes), listed=in_list)
+
+
+def _revision_files(names: Sequence[str], options: ReadOptions) -> Iterator[_File]:
+    """What `names` (files and directories, which the work tree need not have any more) held in a revision."""
+    is_wanted = wanted(options)
+    for name in names or ["."]:
+        path = Path(os.path.abspath(name)).resolve()
+        root = next(parent for parent in (path, *path.parents) if parent.is_dir())
+        below = "" if path == root else path.relative_to(root).as_posix()
+        typed = Path(name).as_posix()
+        prefix = "" if len(names) <= 1 or typed == "." else typed.rstrip("/") + "/"
+        found = False
+        for relative, blob, size in revision_files(root, options.revision):
+            named = relative == below
+            if below and not named and not relative.startswith(below + "/"):
+                continue
+            found = True
+            shown = typed if named else prefix + relative[len(below) + bool(below) :]
+            if named or is_wanted(relative, shown.lstrip("/")):
+                limit = max(MAX_NAMED_BYTES, options.max_file_bytes) if named else _limit(relative, options)
+                reason = f"{format_bytes(size)}, over the limit of {format_bytes(limit)}" if size > limit else None
+                yield _File(root / relative, printable(shown), limit, named, reason=reason, blob=(root, blob))
+        if not found:
+            raise InputError(f"{options.revision}: no such file or directory: {printable(name)}")
+
+
+def _limit(path: str, options: ReadOptions) -> int:
+    """Most bytes of a file found in a directory; a book's are more than its text."""
+    default = options.max_file_bytes == ReadOptions.max_file_bytes
+    return MAX_NAMED_BYTES if default and suffix_of(path) in BOOKS else options.max_file_bytes
 
 
 def _distinct(files: Iterator[_File]) -> Iterator[_File]:
     seen = set()
     for file in files:
-        # A walk begins at a resolved directory and follows no links.
-        key = file.path.resolve() if file.path and file.named else file.path
+        # A walk begins at a resolved directory; only a link that is followed leads away from there.
+        followed = file.path and not file.reason and not file.blob and (file.named or file.path.is_symlink())
+        key = file.path.resolve() if followed else file.path
         if key not in seen:
             seen.add(key)
             yield file
 
 
-def _text(file: _File, stdin: BinaryIO | None) -> str:
+def _extract(file: _File, options: ReadOptions, stdin: BinaryIO | None) -> Extract:
     if file.reason:
         raise Unreadable(file.reason)
     try:
-        text = decode(_bytes(file, stdin))
+        found = extract(_bytes(file, stdin), file.shown, options)
     except NotText as error:
         raise Unreadable(str(error)) from None
-    if not text.strip():
+    if not found.text.strip():
         raise Unreadable("empty")
-    return text
+    if not file.named and options.default_ignores and not found.converted:
+        kind, what = machine_made(found.text, suffix_of(file.shown) in PROSE) or (None, "")
+        if kind and kind not in options.keep:
+            raise Unreadable(f"{what}; --keep {kind} reads it")
+    return found
 
 
 def _bytes(file: _File, stdin: BinaryIO | None) -> bytes:
     """At most `file.max_bytes` bytes; a larger file is not read, and a larger stream not to its end."""
     try:
+        if file.blob:
+            return read_object(*file.blob)
         if file.path is None:
             return _limited(stdin or _standard_input(), file.max_bytes)
         with open(file.path, "rb") as stream:

@@ -1,5 +1,8 @@
 """int8 weights: how far they are from what they stand for, and that both ways of using them agree."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -100,3 +103,27 @@ def test_a_model_of_int8_decodes_what_it_prefills(tmp_path, dtype) -> None:
     prefill(model, ids[:-1], cache)
     step = prefill(model, ids[-1:], cache)
     assert (step - whole).norm() / whole.norm() < 0.05
+
+
+MAPPED = """
+import torch
+from nsa_models.linear import FEW_ROWS, Linear, is_few
+
+raw = torch.zeros(576 * 64 + 64, dtype=torch.int8)
+for offset in (4, 8, 52):
+    linear = Linear(576, 64, bias=False, dtype=torch.bfloat16)
+    weight = raw[offset : offset + 576 * 64].view(64, 576).random_(-127, 128)
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    linear.weight_scale = torch.rand(64)
+    for rows in range(1, 10):
+        x = torch.randn(rows, 576).bfloat16()
+        y = (x.double() @ (weight.double() * linear.weight_scale.double()[:, None]).T)
+        assert (linear(x) - y).abs().max() < 0.02 * y.abs().max(), (offset, rows)
+print(FEW_ROWS)
+"""
+
+
+def test_mapped_weights_may_lie_at_any_address():
+    """In a process of its own: loads from weights that are not where the kernel wants them end it (signal 11)."""
+    run = subprocess.run([sys.executable, "-c", MAPPED], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "3\n"), run.stderr

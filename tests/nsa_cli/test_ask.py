@@ -65,7 +65,7 @@ def test_json_is_one_object_of_the_documented_shape(nsa, docs, tiny_checkpoint):
     run = nsa("ask", docs, QUESTION, *SHORT, "--json", "--evidence", 3)
     reply = answer_of(run)
     assert run.out.count("\n") == 1 and "lift" not in run.err
-    assert ",".join(reply) == "schema_version,answer,evidence,usage,timings,model,finish_reason,shards"
+    assert ",".join(reply) == "schema_version,answer,evidence,citations,usage,timings,model,finish_reason,shards"
     assert reply["schema_version"] == 1 and reply["shards"] == 1
     assert (reply["model"], reply["finish_reason"]) == (tiny_checkpoint.name, "length")
     assert list(reply["usage"]) == ["prompt_tokens", "cached_tokens", "completion_tokens"]
@@ -74,7 +74,7 @@ def test_json_is_one_object_of_the_documented_shape(nsa, docs, tiny_checkpoint):
     assert all(seconds >= 0 for seconds in reply["timings"].values())
     assert 1 <= len(reply["evidence"]) <= 3
     for place in reply["evidence"]:
-        assert list(place) == ["path", "start", "end", "lift"]
+        assert list(place) == ["path", "start", "end", "lift", "place"]
         lines = (docs / place["path"]).read_text().count("\n")
         assert 1 <= place["start"] <= place["end"] <= lines and place["lift"] > 1
 
@@ -338,3 +338,35 @@ def test_a_reader_that_stops_reading_ends_the_answer_with_141(docs, environment)
         text=True,
     )
     assert re.fullmatch(r". 141\n", run.stdout) and run.stderr == ""
+
+
+def test_several_questions_share_one_reading(nsa, docs):
+    questions = ["who jumps over the dog?", "what runs away?", "where is the old forest?"]
+    alone = [answer_of(nsa("ask", docs, q, *SHORT, "--json", "--no-cache")) for q in questions]
+    options = [option for q in questions for option in ("--question", q)]
+    run = nsa("ask", docs, *options, *SHORT, "--json", "--no-cache")
+    together = [json.loads(line) for line in run.out.splitlines()]
+    assert [r["question"] for r in together] == questions
+    assert [r["answer"] for r in together] == [r["answer"] for r in alone]
+    assert [r["evidence"] for r in together] == [r["evidence"] for r in alone]
+    assert [r["usage"]["prompt_tokens"] for r in together] == [r["usage"]["prompt_tokens"] for r in alone]
+    cached = [r["usage"]["cached_tokens"] for r in together]
+    assert cached[0] == 0 and cached[1] == cached[2] > 1000
+
+    (docs.parent / "questions.txt").write_text("\n".join(questions) + "\n\n")
+    run = nsa("ask", docs, "--questions", docs.parent / "questions.txt", *SHORT, "--no-cache")
+    assert run.out == "\n".join(f"## {q}\n\n{r['answer']}\n" for q, r in zip(questions, alone, strict=True))
+    assert nsa("ask", docs, "--questions", "-", *SHORT, stdin="\n".join(questions)).out == run.out
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "says"),
+    [(b"\n \n", 3, "no questions"), (b"\xff", 3, "not utf-8"), (None, 3, "no such file")],
+)
+def test_question_files_that_are_refused(nsa, docs, content, code, says):
+    file = docs.parent / "questions.txt"
+    if content is not None:
+        file.write_bytes(content)
+    run = nsa("ask", docs, "--questions", file)
+    assert (run.code, run.out) == (code, "") and says in run.err
+    assert nsa("ask", docs, "--question", " ").code == 2

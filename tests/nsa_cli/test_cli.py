@@ -26,13 +26,6 @@ def test_version(nsa):
     assert run.code == 0 and run.out.startswith("nsa 0.")
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
-def test_every_command_has_help_with_examples(nsa, name):
-    code, out, _ = nsa(name, "--help")
-    assert code == 0
-    assert f"nsa {name} " in out.partition("Options:")[0].partition("\n")[2]
-
-
 def test_an_unknown_command_suggests_the_nearest(nsa):
     assert nsa("sumarize", "x") == (
         2,

@@ -4,6 +4,7 @@ import pytest
 
 from nsa_cli.context import build_context
 from nsa_cli.documents import Document
+from nsa_cli.documents.document import Part
 from nsa_cli.evidence import Evidence, find_evidence
 from nsa_models import NSAConfig
 from nsa_models.retrieval import RetrievalMass
@@ -55,7 +56,14 @@ def test_a_chosen_block_becomes_its_lines():
     (found,) = find_evidence(mass_of(30, {5: 40}), context, offset, 5)
     assert found == Evidence("a.txt", 7, 8, pytest.approx(4.0))
     assert str(found) == "a.txt:7-8  lift 4.0x"
-    assert found.to_json() == {"path": "a.txt", "start": 7, "end": 8, "lift": 4.0}
+    assert found.to_json() == {"path": "a.txt", "start": 7, "end": 8, "lift": 4.0, "place": "a.txt:7-8"}
+
+
+def test_places_of_a_book_are_its_pages_each_once():
+    parts = tuple(Part(1 + 10 * page, f"p. {page + 1}") for page in range(4))
+    context = build_context([Document("b.pdf", LINES * 40, parts, converted=True)], Letters())
+    found = find_evidence(mass_of(21, {1: 30, 3: 90, 8: 50, 17: 40}), context, 0, 9)
+    assert [(e.place, round(e.lift)) for e in found] == [("b.pdf p. 1", 9), ("b.pdf p. 2", 5), ("b.pdf p. 4", 4)]
 
 
 def test_the_best_come_first_and_no_more_than_asked_for():

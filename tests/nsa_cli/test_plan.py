@@ -27,7 +27,7 @@ def test_counts_are_those_of_the_context(nsa, tree, tiny_checkpoint) -> None:
     documents = [Document(path, (tree / path).read_text()) for path in ("a.py", "tests/b.py")]
     context = build_context(documents, load_tokenizer(tiny_checkpoint))
     assert run.code == 0
-    assert plan["files"] == [{"path": file.path, "tokens": file.tokens} for file in context.files]
+    assert plan["files"] == [{"path": f.path, "tokens": f.tokens, "level": "full"} for f in context.files]
     assert plan["tokens"] == len(context.ids)
     assert plan["skipped"] == [{"path": "c.bin", "reason": "binary"}]
     assert plan["fits"] is True
@@ -96,7 +96,7 @@ def test_document_options_reach_the_reader(nsa, tree, monkeypatch) -> None:
     (tree / ".gitignore").write_text("ignored\n")
     for name in ("ignored", ".hidden", "yarn.lock"):
         (tree / name).write_text("x")
-    (tree / "large").write_text("x" * 3000)
+    (tree / "large").write_text("some text\n" * 300)
 
     def files(*options: str) -> list[str]:
         return [file["path"] for file in json.loads(nsa("plan", tree, "--json", *options).out)["files"]]
@@ -106,11 +106,19 @@ def test_document_options_reach_the_reader(nsa, tree, monkeypatch) -> None:
     assert files("--no-gitignore") == sorted([*everything, "ignored"])
     assert files("--hidden") == sorted([*everything, ".gitignore", ".hidden"])
     assert files("--no-default-ignores") == sorted([*everything, "yarn.lock"])
+    assert files("--keep", "locks") == sorted([*everything, "yarn.lock"])
+    (tree / ".nsaignore").write_text("large\n")
+    assert (files(), files("--no-nsaignore")) == (["a.py", "tests/b.py"], everything)
+    (tree / ".nsaignore").unlink()
+    (tree / "t.csv").write_text("a,b\n" * 300)
+    assert len(json.loads(nsa("plan", tree, "--json").out)["skipped"]) == 2
+    assert len(json.loads(nsa("plan", tree, "--json", "--all-rows", "--encoding", "latin-1").out)["skipped"]) == 1
+    (tree / "t.csv").unlink()
     assert files("--max-file-size", "2.9k") == ["a.py", "tests/b.py"]
     assert files("--include", "*.py", "--exclude", "/tests") == ["a.py"]
 
 
-def test_plan_does_not_import_torch(tree, tiny_checkpoint) -> None:
+def test_plan_does_not_import_torch(tree, tiny_checkpoint, tmp_path) -> None:
     code = (
         "import sys\n"
         "from nsa_cli.cli import run\n"
@@ -119,6 +127,7 @@ def test_plan_does_not_import_torch(tree, tiny_checkpoint) -> None:
         "sys.exit(code)\n"
     )
     command = [sys.executable, "-c", code, "plan", str(tree), "--model", str(tiny_checkpoint)]
-    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONUTF8": "1"})
+    environment = {**os.environ, "PYTHONUTF8": "1", "NSA_CACHE_DIR": str(tmp_path / "store")}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     assert "fits in" in run.stdout

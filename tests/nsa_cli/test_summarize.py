@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import nsa_cli.summarize
+from nsa_cli.summarize import Wish
 
 SMALL = ("--max-tokens", 40, "--max-context", 700)
 
@@ -87,3 +88,35 @@ def test_ctrl_c_in_a_part_ends_without_a_summary(nsa, book, monkeypatch):
 def test_a_missing_document_is_refused(nsa, tmp_path):
     assert nsa("summarize", tmp_path / "nowhere").code == 3
     assert nsa("summarize", stdin="").code == 3
+
+
+def test_length_and_style_are_asked_of_the_model():
+    assert Wish().wording("Summarize") == "Summarize."
+    assert Wish("the dog", "short", "bullets").wording("Summarize") == (
+        "Summarize in one or two sentences, as a list of bullet points. Concentrate on this: the dog"
+    )
+    assert Wish(length=80).wording("Summarize") == "Summarize in about 80 words."
+
+
+def test_many_words_raise_the_limit_unless_it_is_given(nsa, book):
+    def tokens(*options):
+        return summary_of(nsa("summarize", book, "--json", "--no-cache", *options))["usage"]["completion_tokens"]
+
+    assert tokens("--length", 300) == 600
+    assert tokens("--length", 300, "--max-tokens", 20) == 20
+    assert tokens("--length", "short", "--style", "plain", "--max-tokens", 9) == 9
+    assert nsa("summarize", book, "--length", "0").code == nsa("summarize", book, "--style", "x").code == 2
+
+
+def test_a_summary_for_every_file_and_chapter(nsa, book, monkeypatch):
+    monkeypatch.chdir(book)
+    run = nsa("summarize", ".", "--per", "file", "--max-tokens", 20)
+    alone = [nsa("summarize", name, "--max-tokens", 20).out for name in ("one.txt", "two.txt")]
+    assert run.out == f"## one.txt\n\n{alone[0]}\n## two.txt\n\n{alone[1]}"
+    story = "the fox jumps over the dog and runs away from the forest\n" * 8
+    (book / "one.txt").write_text(f"CHAPTER I\n\n{story}\nCHAPTER II\n\n{story}")
+    run = nsa("summarize", "one.txt", "--per", "chapter", "--max-tokens", 20, "--json")
+    replies = [json.loads(line) for line in run.out.splitlines()]
+    assert [reply["part"] for reply in replies] == ["one.txt: CHAPTER I", "one.txt: CHAPTER II"]
+    places = [place for reply in replies for place in reply["evidence"]]
+    assert all(1 <= place["start"] <= place["end"] <= 22 for place in places)

@@ -133,7 +133,7 @@ def test_repositories_inside_a_repository_are_named_not_read(tmp_path) -> None:
     git(tmp_path, "init", "-q")
     git(tmp_path / "inner", "init", "-q")
     assert [(f.path, f.reason) for f in walk(tmp_path.resolve(), EVERYTHING) if f.path != "a"] == [
-        ("inner", "a repository of its own")
+        ("inner", "a repository of its own; --submodules reads it")
     ]
     shutil.rmtree(tmp_path / ".git")
     assert found(tmp_path) == ["a", "inner/b"]
@@ -173,6 +173,10 @@ def test_own_ignore_files_and_defaults(tmp_path) -> None:
     assert found(tmp_path, ReadOptions()) == ["c", "sub/a", "uv.lock"]
     everything = ["c", "e.min.js", "node_modules/d", "sub/a", "uv.lock", "yarn.lock"]
     assert found(tmp_path, ReadOptions(default_ignores=False)) == everything
+    assert found(tmp_path, ReadOptions(keep=("locks",))) == ["c", "sub/a", "uv.lock", "yarn.lock"]
+    assert found(tmp_path, ReadOptions(keep=("minified", "packages"), own_ignores=False)) == sorted(
+        ["a", "b", "c", "e.min.js", "node_modules/d", "sub/a"]
+    )
 
 
 def test_include_and_exclude_work_together(tmp_path) -> None:
@@ -184,6 +188,29 @@ def test_include_and_exclude_work_together(tmp_path) -> None:
     assert found(tmp_path, ReadOptions(exclude=("project/docs", "*.py")), "project/") == ["b.md", "src/docs/e.c"]
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(PATHS, min_size=1, max_size=8), st.lists(st.tuples(PATHS, PATHS), max_size=6))
+def test_followed_links_end_and_no_directory_is_read_twice(paths, links) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder, "root").resolve()
+        root.mkdir()
+        make_tree(root, paths, {})
+        for at, target in links:
+            try:
+                (root / at).parent.mkdir(parents=True, exist_ok=True)
+                (root / at).symlink_to(root / target if len(at) % 2 else Path(target))
+            except OSError:
+                continue
+        options = ReadOptions(hidden=True, default_ignores=False, gitignore=False, follow_links=True)
+        read = found(root, options)
+        assert len(read) == len(set(read))
+        directories = [(root / path).parent.resolve() / Path(path).name for path in read]
+        assert len(directories) == len(set(directories))
+        # What is there without a link is read all the same, under its own name or another's.
+        real = {(root / path).resolve() for path in read}
+        assert {(root / path).resolve() for path in found(root, EVERYTHING)} <= real
+
+
 def test_links_are_named_and_never_followed(tmp_path) -> None:
     root = write(tmp_path / "root", {"a": "x"})
     write(tmp_path, {"outside/secret": "x"})
@@ -192,7 +219,7 @@ def test_links_are_named_and_never_followed(tmp_path) -> None:
     (root / "file").symlink_to(tmp_path / "outside" / "secret")
     assert {f.path: f.reason for f in walk(root.resolve(), EVERYTHING)} == {
         "a": None,
-        "cycle": "symbolic link",
-        "out": "symbolic link",
-        "file": "symbolic link",
+        "cycle": "symbolic link; --follow-links reads it",
+        "out": "symbolic link; --follow-links reads it",
+        "file": "symbolic link; --follow-links reads it",
     }

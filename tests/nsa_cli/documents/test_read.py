@@ -8,6 +8,7 @@ import pytest
 
 from nsa_cli.documents import Document, ReadOptions, Skip, read, read_documents
 from nsa_models.errors import InputError
+from tests.nsa_cli.documents import make
 
 OPTIONS = ReadOptions()
 
@@ -49,7 +50,7 @@ def test_order_does_not_depend_on_the_file_system(tree, monkeypatch) -> None:
 
 
 def test_every_skip_has_its_reason(tree) -> None:
-    (tree / "big.txt").write_bytes(b"x" * 3_200_000)
+    (tree / "big.txt").write_bytes(b"some text\n" * 320_000)
     (tree / "image").write_bytes(b"\x89PNG\r\n\0")
     (tree / "empty.py").write_text(" \n")
     (tree / "link").symlink_to("b.txt")
@@ -61,14 +62,22 @@ def test_every_skip_has_its_reason(tree) -> None:
         Skip("empty.py", "empty"),
         Skip("fifo", "not a regular file"),
         Skip("image", "binary (PNG image)"),
-        Skip("link", "symbolic link"),
+        Skip("link", "symbolic link; --follow-links reads it"),
     ]
     assert "big.txt" in paths(read_documents(["."], ReadOptions(max_file_bytes=4_000_000))[0])
 
 
+def test_books_of_a_directory_may_be_larger_than_texts(tree) -> None:
+    data = make.docx(make.paragraph("words"), **{"media/picture": os.urandom(1_100_000)})
+    (tree / "book.docx").write_bytes(data)
+    assert "book.docx" in paths(read_documents(["."], OPTIONS)[0])
+    _, skips = read_documents(["."], ReadOptions(max_file_bytes=500_000))
+    assert skips == [Skip("book.docx", "1.1 MB, over the limit of 500 kB")]
+
+
 def test_a_named_file_is_read_in_spite_of_limits_ignore_files_and_includes(tree) -> None:
     (tree / ".nsaignore").write_text("b.txt")
-    (tree / "b.txt").write_bytes(b"x" * 3_200_000)
+    (tree / "b.txt").write_bytes(b"some text\n" * 320_000)
     options = ReadOptions(include=("*.md",))
     assert paths(read_documents(["b.txt"], options)[0]) == ["b.txt"]
     assert paths(read_documents([".", "b.txt"], options)[0]) == ["b.txt"]

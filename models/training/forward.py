@@ -1,0 +1,146 @@
+"""The model as training sees it: one differentiable pass over packed sequences, with the inference model's parameters.
+
+Inference fills a cache in place, chunk by chunk; this keeps every value, so that gradients can flow. The same weights
+give the same logits (a test). Parameters come as a mapping under our checkpoint names, in any float type: they are cast
+to the type of the activations where they are used, so that float32 master weights get float32 gradients.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+import nsa_kernels
+from nsa_models.config import NSAConfig
+from nsa_models.delta import DOWN, UP
+from nsa_models.rope import Rope, rotate
+
+Weights = Mapping[str, Tensor]
+
+
+def hidden_states(
+    config: NSAConfig,
+    weights: Weights,
+    ids: Tensor,
+    lengths: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    dense: bool = False,
+    recompute: bool = False,
+    each: Callable[[int, Tensor], None] = lambda layer, x: None,
+) -> Tensor:
+    """ids: (T,), sequences of `lengths` tokens one after another. Returns the last hidden states (T, H), normed.
+
+    dense: full attention over the same weights. recompute: keep only each layer's input and compute the layer again
+    in the backward pass. each: called with (layer, its output (T, H)).
+    """
+    if sum(lengths) != ids.shape[0]:
+        raise ValueError(f"lengths add up to {sum(lengths)}, not to {ids.shape[0]} tokens")
+    angles = [_angles(config, length, ids.device, dtype) for length in lengths]
+    x = functional.embedding(ids, weights["model.embeddings.weight"]).to(dtype)
+
+    for i in range(config.num_hidden_layers):
+
+        def layer(x: Tensor, name: str = f"model.layers.{i}") -> Tensor:
+            return _layer(config, weights, name, x, angles, lengths, dense)
+
+        x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+        each(i, x)
+    return _norm(config, weights, "model.norm", x)
+
+
+def output_logits(config: NSAConfig, weights: Weights, x: Tensor) -> Tensor:
+    """(T, H) -> (T, vocab) in float32 or better."""
+    table = weights["model.embeddings.weight" if config.tie_word_embeddings else "lm_head.weight"]
+    y = functional.linear(x, table.to(x.dtype))
+    return y if y.dtype == torch.float64 else y.float()
+
+
+def _angles(config: NSAConfig, length: int, device, dtype: torch.dtype) -> tuple[Rope, Tensor, Tensor]:
+    rope = Rope(config, config.rope_factor(length))
+    return rope, *rope.angles(torch.arange(length, device=device), dtype)
+
+
+def _layer(config, weights, name: str, x: Tensor, angles, lengths, dense: bool) -> Tensor:
+    h = _norm(config, weights, f"{name}.attn_norm", x)
+    o = _attention(config, weights, f"{name}.attn", h, angles, lengths, dense)
+    x = x + _linear(weights, f"{name}.attn.o_proj", o)
+    h = _norm(config, weights, f"{name}.mlp_norm", x)
+    gate, up = (_linear(weights, f"{name}.mlp.{side}_proj", h) for side in ("gate", "up"))
+    return x + _linear(weights, f"{name}.mlp.down_proj", functional.silu(gate) * up)
+
+
+def _norm(config: NSAConfig, weights: Weights, name: str, x: Tensor) -> Tensor:
+    weight = weights[f"{name}.weight"].to(x.dtype)
+    return functional.rms_norm(x, weight.shape, weight, config.norm_eps)
+
+
+def _linear(weights: Weights, name: str, x: Tensor) -> Tensor:
+    """x W^T + b, plus the low-rank update (x down^T) up^T where there is one."""
+    weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+    y = functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    up = weights.get(f"{name}.weight{UP}")
+    if up is None:
+        return y
+    down = weights[f"{name}.weight{DOWN}"]
+    return y + functional.linear(functional.linear(x, down.to(x.dtype)), up.to(x.dtype))
+
+
+def _attention(config: NSAConfig, weights, name: str, h: Tensor, angles, lengths, dense: bool) -> Tensor:
+    """(T, HQ * Dv), before the output projection."""
+    branches = ("", "_cmp", "_swa") if config.branch_kv and not dense else ("",)
+    q = _linear(weights, f"{name}.q_proj", h).unflatten(1, (config.num_heads, -1))
+    keys = [
+        _linear(weights, f"{name}.{kind}{branch}_proj", h).unflatten(1, (config.num_kv_heads, -1))
+        for branch in branches
+        for kind in "kv"
+    ]
+    gates = _linear(weights, f"{name}.g_proj", h).sigmoid().unflatten(1, (config.num_heads, 3))
+    phis = _phis(weights, name, h.dtype)
+    parts = zip(*(tensor.split(list(lengths)) for tensor in (q, gates, *keys)), angles, strict=True)
+    return torch.cat([_one_sequence(config, phis, *part, dense=dense) for part in parts]).flatten(1)
+
+
+def _phis(weights: Weights, name: str, dtype: torch.dtype) -> dict[str, Tensor | tuple[Tensor, ...] | None]:
+    """What compresses keys and values (see `nsa_kernels.compress`), and the keys' positions within a block."""
+
+    def get(part: str) -> Tensor | None:
+        found = weights.get(f"{name}.{part}")
+        return None if found is None else found.to(dtype)
+
+    found = {"position": get("compress_k.position")}
+    for kind in "kv":
+        perceptron = [get(f"compress_{kind}.{part}") for part in ("up.weight", "up.bias", "down.weight", "down.bias")]
+        found[kind] = get(f"compress_{kind}.weight") if perceptron[0] is None else tuple(perceptron)
+    return found
+
+
+def _one_sequence(config: NSAConfig, phis, q, gates, k, v, *rest, dense: bool) -> Tensor:
+    """q (T, HQ, D), gates (T, HQ, 3), k and v (T, HKV, D), with branch_kv those of the other branches: (T, HQ, Dv)."""
+    *own, (rope, cos, sin) = rest
+    variant, place = config.variant, config.compress_rope
+    turned, k_turned = rotate(q, cos, sin), rotate(k, cos, sin)
+    if dense:
+        return nsa_kernels.dense_attention(turned, k_turned, v)
+    k_src, v_src, k_swa, v_swa = own or (k, v, None, None)
+    if place == "before":
+        k_src = rotate(k_src, cos, sin) if own else k_turned
+    k_cmp = nsa_kernels.compress(k_src, variant, phis["k"], phis["position"])
+    if place == "after":  # a compressed key stands at the first token of its block
+        blocks = torch.arange(k_cmp.shape[0], device=q.device) * variant.compress_stride
+        k_cmp = rotate(k_cmp, *rope.angles(blocks, q.dtype))
+    v_cmp = nsa_kernels.compress(v_src, variant, phis["v"])
+    return nsa_kernels.nsa_attention(
+        turned,
+        k_turned,
+        v,
+        k_cmp,
+        v_cmp,
+        gates,
+        variant,
+        q_cmp=q if place == "none" else turned,
+        k_swa=rotate(k_swa, cos, sin) if own else None,
+        v_swa=v_swa,
+    )[0]

@@ -1,0 +1,223 @@
+"""Questions about long texts with answers that are exactly known, for training and for evaluation.
+
+Each maker takes documents that fill a context, plants what is asked for or finds it in them, and says where it is. The
+haystack tasks follow RULER (arXiv 2404.06654): one needle, many keys, values and queries, variable tracking.
+"""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+ABSENT = "That is not in the text."
+PLANTED = 40  # tokens, at most, of one planted line
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document: `path` as it is shown, lines end in \\n."""
+
+    path: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """A question about documents. An answer is right if it holds every fact; `depth`: where the first fact stands,
+    0 = at the beginning, 1 = at the end; `place`: its path:line.
+    """
+
+    kind: str
+    documents: tuple[Text, ...]
+    question: str
+    answer: str
+    facts: tuple[str, ...]
+    depth: float
+    place: str
+
+
+class Unsuitable(Exception):
+    """These documents hold nothing that this kind could ask for."""
+
+
+Maker = Callable[[random.Random, Sequence[Text], float | None], Task]
+
+
+def needle(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
+    """One planted number, asked for."""
+    (name,), (number,) = _names(rng, 1), _numbers(rng, 1)
+    return _planted(
+        "needle", rng, documents, [_magic(name, number)], depth, _ask_magic(name), _magic(name, number), (number,)
+    )
+
+
+def keys(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
+    """Eight planted numbers of eight names, one asked for."""
+    names, numbers = _names(rng, 8), _numbers(rng, 8)
+    lines = [_magic(*pair) for pair in zip(names, numbers, strict=True)]
+    return _planted("keys", rng, documents, lines, depth, _ask_magic(names[0]), lines[0], (numbers[0],))
+
+
+def values(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
+    """Four planted numbers of one name, all asked for."""
+    (name,), numbers = _names(rng, 1), _numbers(rng, 4)
+    question = f"What are all the magic numbers of {name}? Answer with the numbers."
+    answer = f"The magic numbers of {name} are {', '.join(numbers)}."
+    return _planted(
+        "values", rng, documents, [_magic(name, n) for n in numbers], depth, question, answer, tuple(numbers)
+    )
+
+
+def queries(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
+    """Eight planted numbers of eight names, four asked for."""
+    names, numbers = _names(rng, 8), _numbers(rng, 8)
+    lines = [_magic(*pair) for pair in zip(names, numbers, strict=True)]
+    question = f"What are the magic numbers of {', '.join(names[:3])} and {names[3]}? Answer with the numbers."
+    return _planted("queries", rng, documents, lines, depth, question, " ".join(lines[:4]), tuple(numbers[:4]))
+
+
+def variables(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
+    """A chain of four assignments, in order, beside another chain: which variables have the value?"""
+    names = rng.sample([a + b + c for a in _LETTERS for b in _LETTERS for c in _LETTERS], 8)
+    value, other = _numbers(rng, 2)
+    chains = [_chain(names[:4], value), _chain(names[4:], other)]
+    question = f"Which variables have the value {value}? A variable that is set to another has that one's value."
+    answer = f"The variables with the value {value} are {', '.join(names[:4])}."
+    lines = [line for pair in zip(*chains, strict=True) for line in pair]
+    return _planted("variables", rng, documents, lines, depth, question, answer, tuple(names[:4]), in_order=True)
+
+
+def defines(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
+    """Which file defines a function or class that the texts define once."""
+    name, _, text, line = _definition(rng, documents, depth)
+    question = f"Which file defines {name}? Answer with its path."
+    return _found("defines", documents, question, f"{text.path} defines {name}.", (text.path,), text, line)
+
+
+def takes(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
+    """The parameters of a function that the texts define once."""
+    name, parameters, text, line = _definition(rng, documents, depth, functions_only=True)
+    question = f"What are the parameters of the function {name}? Answer with their names."
+    answer = f"{name} takes {', '.join(parameters)}."
+    return _found("takes", documents, question, answer, tuple(parameters), text, line)
+
+
+def absent(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
+    """Three planted numbers, and a question for the number of a fourth name."""
+    names, numbers = _names(rng, 4), _numbers(rng, 3)
+    lines = [_magic(*pair) for pair in zip(names, numbers, strict=False)]
+    question = _ask_magic(names[3]).replace("Answer", f'If the text does not say, answer "{ABSENT}" Else answer')
+    return _planted("absent", rng, documents, lines, depth, question, ABSENT, ("not in the text",))
+
+
+KINDS: dict[str, Maker] = {
+    maker.__name__: maker for maker in (needle, keys, values, queries, variables, defines, takes, absent)
+}
+
+
+def is_right(task: Task, reply: str) -> bool:
+    """Whether a reply holds every fact as a whole word, letter case aside."""
+    reply = reply.casefold()
+    return all(re.search(rf"(?<!\w){re.escape(fact.casefold())}(?!\w)", reply) for fact in task.facts)
+
+
+_LETTERS = "BCDFGHJKLMNPQRSTVWXZ"
+_ADJECTIVES = ("amber", "brisk", "calm", "dusty", "early", "faint", "grand", "hollow", "icy", "jolly", "keen", "quiet")
+_NOUNS = ("anchor", "basket", "candle", "drum", "engine", "feather", "garden", "harbour", "island", "kettle", "mirror")
+
+
+def _names(rng: random.Random, count: int) -> list[str]:
+    return [f"{a} {n}" for a, n in zip(rng.sample(_ADJECTIVES, count), rng.sample(_NOUNS, count), strict=True)]
+
+
+def _numbers(rng: random.Random, count: int) -> list[str]:
+    return [str(n) for n in rng.sample(range(10000, 100000), count)]
+
+
+def _magic(name: str, number: str) -> str:
+    return f"The magic number of the {name} is {number}."
+
+
+def _ask_magic(name: str) -> str:
+    return f"What is the magic number of the {name}? Answer with the number."
+
+
+def _chain(names: Sequence[str], value: str) -> list[str]:
+    return [f"VAR {name} = {source}" for name, source in zip(names, [value, *names], strict=False)]
+
+
+def _planted(
+    kind: str,
+    rng: random.Random,
+    documents: Sequence[Text],
+    lines: Sequence[str],
+    depth: float | None,
+    question: str,
+    answer: str,
+    facts: tuple[str, ...],
+    in_order: bool = False,
+) -> Task:
+    """`lines` planted between lines of the documents: the first at `depth`, others anywhere (in order: after it)."""
+    depth = rng.random() if depth is None else depth
+    texts = [text.text.splitlines(keepends=True) for text in documents]
+    borders = [(i, j) for i, text in enumerate(texts) for j in range(len(text) + 1)]
+    first = min(int(depth * len(borders)), len(borders) - 1)
+    rest = [rng.randrange(first if in_order else 0, len(borders)) for _ in lines[1:]]
+    where = [first, *(sorted(rest) if in_order else rest)]
+    planted = sorted(zip(where, range(len(lines)), strict=True), reverse=True)
+    for at, k in planted:  # from the back, so that borders before stay valid
+        i, j = borders[at]
+        texts[i].insert(j, lines[k] + "\n")
+    made = tuple(Text(d.path, "".join(_ended(t))) for d, t in zip(documents, texts, strict=True))
+    i = borders[first][0]
+    line = texts[i].index(lines[0] + "\n") + 1
+    return Task(kind, made, question, answer, facts, depth, f"{documents[i].path}:{line}")
+
+
+def _ended(lines: list[str]) -> list[str]:
+    """A last line without a line end gets one: nothing may be planted behind it on the same line."""
+    return [line if line.endswith("\n") else line + "\n" for line in lines]
+
+
+_DEFINITION = re.compile(r"^[ \t]*(?:async )?(def|class) (\w+)(?:\(([^()\n]*)\))?[^\n]*:[ \t]*$", re.M)
+
+
+def _definition(
+    rng: random.Random, documents: Sequence[Text], depth: float | None, functions_only: bool = False
+) -> tuple[str, list[str], Text, int]:
+    """Name, parameters, document and line of a Python definition whose name is defined once, the nearest to `depth`."""
+    every = [(match, text) for text in documents for match in _DEFINITION.finditer(text.text)]
+    times = Counter(match[2] for match, _ in every)
+    total, starts, offset = sum(len(text.text) for text in documents), {}, 0
+    for text in documents:
+        starts[text.path] = offset
+        offset += len(text.text)
+    found = []
+    for match, text in every:
+        parameters = _parameters(match[3] or "")
+        if times[match[2]] > 1 or match[2].startswith("__") or len(match[2]) < 4:
+            continue
+        if functions_only and (match[1] != "def" or not 1 <= len(parameters) <= 6):
+            continue
+        found.append((match, text, parameters))
+    if not found:
+        raise Unsuitable("no Python definition that occurs once")
+    if depth is None:
+        match, text, parameters = rng.choice(found)
+    else:
+        match, text, parameters = min(found, key=lambda f: abs((starts[f[1].path] + f[0].start()) / total - depth))
+    return match[2], parameters, text, text.text.count("\n", 0, match.start()) + 1
+
+
+def _parameters(inside: str) -> list[str]:
+    """Names of a one-line parameter list, without self and cls."""
+    names = [re.split("[:=]", part)[0].strip(" *") for part in re.sub(r"\[[^\[\]]*\]", "", inside).split(",")]
+    return [name for name in names if name and name.isidentifier() and name not in ("self", "cls")]
+
+
+def _found(kind: str, documents, question: str, answer: str, facts: tuple[str, ...], text: Text, line: int) -> Task:
+    before = sum(len(d.text) for d in documents[: list(documents).index(text)])
+    before += sum(len(row) for row in text.text.splitlines(keepends=True)[: line - 1])
+    depth = before / max(sum(len(d.text) for d in documents), 1)
+    return Task(kind, tuple(documents), question, answer, facts, depth, f"{text.path}:{line}")

@@ -1,0 +1,96 @@
+"""`nsa batch`: many questions about many documents, JSON lines in, JSON lines out."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import click
+
+from nsa_cli.batch import Settings, local_engine, run_batch
+from nsa_cli.commands.options import (
+    answer_options,
+    checkpoint_options,
+    document_options,
+    verbosity_options,
+)
+from nsa_cli.commands.run import explicit
+from nsa_cli.completion import complete_paths
+from nsa_cli.jobs import parse_jobs
+from nsa_cli.records import RecordFile, RecordStream
+from nsa_models.errors import InputError
+
+
+@click.command("batch")
+@click.argument("jobs", metavar="JOBS|-", shell_complete=complete_paths)
+@click.option("--output", "-o", metavar="FILE", help="Write records here, and go on from those that are here already.")
+@click.option("--restart", is_flag=True, help="Keep nothing of the -o file; answer all jobs anew.")
+@click.option("--keep-going/--fail-fast", default=True, show_default=True, help="What to do when a job fails.")
+@click.option("--reproducible", is_flag=True, help="Leave timings and cached_tokens out: runs write the same bytes.")
+@document_options
+@answer_options
+@checkpoint_options
+@verbosity_options
+def command(jobs, output, restart, keep_going, reproducible, read, request, checkpoint) -> None:
+    """Answer the JOBS of a file, or of standard input (`-`): one JSON object a line in, one a line out.
+
+    A job is {"id", "paths": [...] or "text", "question" or "recipe" with "params"}. Its record is what `nsa ask --json`
+    or `nsa run --json` prints, with the id; where that failed, "error" says why.
+
+    Records come in the order of the jobs. Jobs about the same document are answered together, so that it is read
+    once; with -o each record is in the file as soon as it ends, and in its place when all have.
+
+    The same command goes on after a run that was stopped or killed: answers in the -o file are kept, errors are tried
+    again. Exit code 7 if some jobs failed.
+
+    \b
+      nsa batch jobs.jsonl -o answers.jsonl
+      nsa batch jobs.jsonl -o answers.jsonl --max-tokens 200 --fail-fast
+      jq -c '{id: .n, paths: ["src"], question: .q}' questions.jsonl | nsa batch - | jq -r .answer
+    """
+    listed = parse_jobs(read_jobs(jobs, output))
+    settings = Settings(read, request, reproducible, frozenset(explicit()))
+    digests = {job.key: settings.digest(job, checkpoint.model.fingerprint) for job in listed}
+    with open_records(output, digests, restart) as records:
+        run_batch(listed, local_engine(checkpoint, settings), records, keep_going)
+
+
+@contextmanager
+def open_records(output: str | None, digests: dict[str, str], restart: bool) -> Iterator[RecordStream | RecordFile]:
+    """Records on stdout, in a file to go on from, or into what is no regular file (/dev/null, a named pipe)."""
+    if output in (None, "-"):
+        with closing(RecordStream(digests)) as records:
+            yield records
+    elif os.path.exists(output) and not os.path.isfile(output):
+        with (
+            open(output, "w", encoding="utf-8", buffering=1) as stream,
+            closing(RecordStream(digests, stream.write)) as records,
+        ):
+            yield records
+    else:
+        with closing(RecordFile(Path(output), digests, restart)) as records:
+            yield records
+
+
+def read_jobs(jobs: str, output: str | None) -> bytes:
+    """The input's bytes. Raises InputError if it cannot be read, or if the output would go into it."""
+    if jobs == "-":
+        if sys.stdin is None or sys.stdin.isatty():
+            raise click.UsageError("no jobs: name a file, or pipe JSON lines in")
+        return sys.stdin.buffer.read()
+    try:
+        data = Path(jobs).read_bytes()
+        same = output not in (None, "-") and os.path.exists(output) and os.path.samefile(jobs, output)
+    except OSError as error:
+        raise InputError(f"{jobs}: {(error.strerror or str(error)).lower()}") from None
+    if same or is_stdout(jobs):
+        raise InputError(f"{jobs} would be overwritten by its own answers; name another output")
+    return data
+
+
+def is_stdout(path: str) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(sys.stdout.fileno()))
+    except (OSError, ValueError):  # not a file
+        return False

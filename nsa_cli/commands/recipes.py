@@ -1,0 +1,163 @@
+"""`nsa recipes`: list, show, check and begin recipes."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import click
+
+from nsa_cli.commands.run import describe, problems_of
+from nsa_cli.completion import complete_recipes
+from nsa_cli.recipe import builtin_dir, find_recipe, recipe_paths, user_dir
+from nsa_cli.recipe_keys import NAME, json_schema
+from nsa_models.errors import CheckError, InputError
+
+TEMPLATE = """\
+# yaml-language-server: $schema={schema}
+# A recipe for `nsa run {name}`. Check it with: nsa recipes validate {name}
+name: {name}
+description: Say in one line what it does.
+# Parameters are options of the command. {{{{ focus }}}} below stands for this one's value.
+params:
+  focus:
+    type: string # string, int, float, bool or choice (with choices: [...])
+    default: everything
+    help: What to look at.
+# Which files of a folder are read, as in .gitignore.
+sources:
+  exclude: [tests]
+# How long an answer may be. Temperature 0 gives the same answer every time.
+generate:
+  max_tokens: 200
+  temperature: 0
+# What is asked. `over` says about what: document (all at once), file, chapter or shard (as much as fits at a time).
+steps:
+  - id: notes
+    over: shard
+    prompt: "List the main points about {{{{ focus }}}} in the text above."
+  # Reads what `notes` answered about every shard.
+  - id: report
+    from: [notes]
+    prompt: "Write one paragraph about {{{{ focus }}}} from the notes above."
+# What must be true of the answer; else the exit code is 6.
+expect:
+  min_words: 5
+"""
+
+
+@click.group("recipes", invoke_without_command=True)
+@click.pass_context
+def command(context: click.Context) -> None:
+    """List, show, check and begin recipes. Your own shadow built-in ones of the same name.
+
+    \b
+    Examples:
+      nsa recipes ls
+      nsa recipes show code-review
+      nsa recipes new my-review --from code-review
+      nsa recipes validate my-review
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@command.command("ls", short_help="List recipes.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def list_(as_json: bool) -> None:
+    """List all recipes; yours are marked with a star.
+
+    \b
+      nsa recipes ls
+    """
+    found = recipe_paths()
+    width = max(map(len, found), default=0)
+    for name, path in found.items():
+        own = path.parent != builtin_dir()
+        if as_json:
+            row = {"name": name, "description": describe(name), "path": str(path), "builtin": not own}
+            click.echo(json.dumps(row, ensure_ascii=False))
+        else:
+            click.echo(f"{'*' if own else ' '} {name:{width}}  {describe(name)}")
+
+
+@command.command(short_help="Print a recipe.")
+@click.argument("name", metavar="RECIPE", shell_complete=complete_recipes)
+def show(name: str) -> None:
+    """Print RECIPE's file, comments and all.
+
+    \b
+      nsa recipes show code-review
+    """
+    click.echo(find_recipe(name).read_text("utf-8"), nl=False)
+
+
+@command.command(short_help="Check recipes.")
+@click.argument("names", metavar="RECIPE...", nargs=-1, shell_complete=complete_recipes)
+def validate(names: tuple[str, ...]) -> None:
+    """Check recipes by name or file, by default all of your own; every problem with its line. Exit code 6 if any.
+
+    \b
+      nsa recipes validate my-review other.yaml
+    """
+    paths = [find_recipe(name) for name in names] or sorted(user_dir().glob("*.yaml"))
+    wrong = 0
+    for path in paths:
+        try:
+            problems = problems_of(path)
+        except InputError as error:
+            problems = [str(error)]
+        wrong += bool(problems)
+        for line in problems or [f"{path}: ok"]:
+            click.echo(line)
+    if wrong:
+        raise CheckError(f"{wrong} of {len(paths)} recipes cannot be used")
+
+
+@command.command(short_help="Begin a recipe of your own.")
+@click.argument("name")
+@click.option(
+    "--from", "source", metavar="RECIPE", shell_complete=complete_recipes, help="Start from a copy of this one."
+)
+def new(name: str, source: str | None) -> None:
+    """Write a commented recipe called NAME into your folder, to be edited.
+
+    \b
+      nsa recipes new my-review --from code-review
+    """
+    if not re.fullmatch(NAME, name):
+        raise click.UsageError(f"{name!r} is not a name for a recipe; write it like my-review")
+    text = TEMPLATE.format(name=name, schema=(builtin_dir() / "recipe.schema.json").as_posix())
+    if source:
+        original = find_recipe(source).read_text("utf-8")
+        text = re.sub(r"^name:.*$", f"name: {name}", original, count=1, flags=re.MULTILINE)
+    target = user_dir() / f"{name}.yaml"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(target, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise InputError(f"{target} is there already; edit it, or choose another name") from None
+    click.echo(target)
+
+
+@command.command(short_help="Print the JSON schema of recipes.")
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors; it lies beside the built-in ones.
+
+    \b
+      nsa recipes schema > recipe.schema.json
+    """
+    click.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+
+
+@command.command(short_help="Print where recipes are.")
+@click.argument("name", metavar="[RECIPE]", required=False, shell_complete=complete_recipes)
+def path(name: str | None) -> None:
+    """Print the folder of your recipes, or where RECIPE is.
+
+    \b
+      cd "$(nsa recipes path)"
+      $EDITOR "$(nsa recipes path my-review)"
+    """
+    click.echo(os.fspath(Path(find_recipe(name)) if name else user_dir()))

@@ -1,0 +1,26 @@
+"""Text that a program wrote for a program: minified, encoded or generated."""
+
+import re
+
+LONGEST_LINE = 5_000  # characters; a hand-written line of code is far shorter
+# Lines of base64 are 64 or 76 characters long; nothing that people write has as many without a space.
+ENCODED = re.compile(r"[A-Za-z0-9+/=_-]{60,}")
+HEAD = 2_000  # characters in which a generator says so
+GENERATED = re.compile(
+    r"^[\s/#*;<!-]*@generated\b|(?:auto-?)?generated\b.{0,200}?\bdo(?: not|n't) (?:edit|modify|change)"
+    r"|\bdo(?: not|n't) (?:edit|modify)\b.{0,200}?(?:auto-?)?generated\b",
+    re.IGNORECASE | re.DOTALL | re.MULTILINE,
+)
+
+
+def machine_made(text: str, prose: bool) -> tuple[str, str] | None:
+    """(kind, what it is) of text that nobody wrote to be read; None for all other. prose: long lines are normal."""
+    if GENERATED.search(text, 0, HEAD):
+        return "generated", "generated code, as its first lines say"
+    encoded = sum(len(match[0]) for match in ENCODED.finditer(text))
+    if encoded * 2 > len(text) and len(text) > 500:
+        return "encoded", f"{encoded * 100 // len(text)} % base64 or the like"
+    longest = max(map(len, text.split("\n"))) if not prose and len(text) > LONGEST_LINE else 0
+    if longest > LONGEST_LINE:
+        return "minified", f"minified: a line of {longest:,} characters"
+    return None

@@ -1,0 +1,84 @@
+"""A selection of documents -> one text for other programs: what the model would read, or Markdown, XML, JSON."""
+
+import json
+import re
+from collections.abc import Sequence
+from xml.sax.saxutils import escape, quoteattr
+
+from nsa_cli.answer import SCHEMA_VERSION
+from nsa_cli.context import listing_text
+from nsa_cli.documents import Document, Skip
+from nsa_cli.documents.readers import suffix_of
+
+FORMATS = ("text", "markdown", "xml", "json")
+
+
+def export(documents: Sequence[Document], skips: Sequence[Skip], form: str, numbered: bool) -> str:
+    """`documents` in their order; those of which only the name is wanted stand in the list of files."""
+    shown = [(document, body(document, numbered)) for document in documents if document.level != "name"]
+    listing = listing_text(documents) if len(documents) > 1 else ""
+    return {"text": to_text, "markdown": to_markdown, "xml": to_xml, "json": to_json}[form](listing, shown, skips)
+
+
+def body(document: Document, numbered: bool) -> str:
+    """The text, ending in a line end; each line after its number in the file, if that is wanted."""
+    text = document.text if document.text.endswith("\n") else document.text + "\n"
+    if not numbered:
+        return text
+    lines = text.split("\n")[:-1]
+    numbers = document.lines or tuple(range(1, len(lines) + 1))
+    width = len(str(numbers[-1]))
+    return "".join(f"{number:{width}}  {line}\n" for number, line in zip(numbers, lines, strict=True))
+
+
+def name_of(document: Document) -> str:
+    return document.path + (" (outline)" if document.level == "outline" else "")
+
+
+def to_text(listing: str, shown: list[tuple[Document, str]], skips: Sequence[Skip]) -> str:
+    return listing + "".join(f"=== {name_of(document)} ===\n{text}" for document, text in shown)
+
+
+def to_markdown(listing: str, shown: list[tuple[Document, str]], skips: Sequence[Skip]) -> str:
+    """A fence is longer than any in the text, so that none closes it."""
+    pieces = [fenced(listing, "")] if listing else []
+    for document, text in shown:
+        language = "" if document.converted else suffix_of(document.path).removeprefix(".")
+        pieces.append(f"## {name_of(document)}\n\n{fenced(text, language)}")
+    return "\n".join(pieces)
+
+
+def fenced(text: str, language: str) -> str:
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`{3,}", text))])
+    return f"{fence}{language}\n{text}{fence}\n"
+
+
+def to_xml(listing: str, shown: list[tuple[Document, str]], skips: Sequence[Skip]) -> str:
+    """Well-formed: markup in the text is escaped, and characters that XML has no place for are replaced."""
+    pieces = [f"<files>\n{xml_text(listing.removeprefix('Files:').strip())}\n</files>\n"] if listing else []
+    for document, text in shown:
+        level = f' level="{document.level}"' if document.level != "full" else ""
+        pieces.append(f"<document path={quoteattr(xml_safe(document.path))}{level}>\n{xml_text(text)}</document>\n")
+    return "<documents>\n" + "".join(pieces) + "</documents>\n"
+
+
+def xml_text(text: str) -> str:
+    return escape(xml_safe(text))
+
+
+def xml_safe(text: str) -> str:
+    return re.sub("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
+
+
+def to_json(listing: str, shown: list[tuple[Document, str]], skips: Sequence[Skip]) -> str:
+    files = [
+        {
+            "path": document.path,
+            "level": document.level,
+            "text": text,
+            "parts": [{"line": part.line, "label": part.label} for part in document.parts],
+        }
+        for document, text in shown
+    ]
+    skipped = [{"path": skip.path, "reason": skip.reason} for skip in skips]
+    return json.dumps({"schema_version": SCHEMA_VERSION, "files": files, "skipped": skipped}, ensure_ascii=False) + "\n"

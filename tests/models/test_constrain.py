@@ -1,0 +1,94 @@
+"""Constrained decoding: whatever the logits want, the text is JSON of the schema; what cannot be is refused."""
+
+import json
+
+import jsonschema
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nsa_models import load_tokenizer
+from nsa_models.constrain import Constraint
+from nsa_models.errors import CheckError, InputError, ModelError
+
+OBJECT = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "kind": {"enum": ["a", "é", None]},
+        "tags": {"type": "array", "items": {"type": "integer", "minimum": -9, "maximum": 99}, "maxItems": 3},
+        "sure": {"type": "boolean"},
+    },
+    "required": ["name", "kind", "tags", "sure"],
+    "additionalProperties": False,
+}
+LIST = {"type": "array", "items": OBJECT, "minItems": 1, "maxItems": 2}
+VOCAB = 400  # more than the tokenizer's, as where a model's embedding is padded
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_checkpoint):
+    return load_tokenizer(tiny_checkpoint)
+
+
+def generate(tokenizer, schema: dict, seed: int, limit: int = 2000) -> str:
+    """Text from random logits that never change their mind about what is forbidden."""
+    constraint, generator = Constraint(tokenizer, VOCAB, schema), torch.Generator().manual_seed(seed)
+    ids: list[int] = []
+    while len(ids) < limit:
+        logits = torch.randn(VOCAB, generator=generator) * 5
+        logits[tokenizer.eos_ids[0]] += 3
+        token = int(constraint.mask(logits).argmax())
+        if token in tokenizer.eos_ids:
+            return tokenizer.decode(ids)
+        constraint.advance(token)
+        ids.append(token)
+    raise AssertionError("it never ended")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([OBJECT, LIST, {"type": "string", "maxLength": 9}, {"type": "integer"}]))
+def test_any_logits_give_json_of_the_schema(tokenizer, seed, schema):
+    jsonschema.validate(json.loads(generate(tokenizer, schema, seed)), schema)
+
+
+def test_what_is_allowed_keeps_its_logit(tokenizer):
+    logits = torch.randn(VOCAB)
+    masked = Constraint(tokenizer, VOCAB, OBJECT).mask(logits)
+    allowed = masked.isfinite()
+    assert torch.equal(masked[allowed], logits[allowed])
+    pieces = [tokenizer.decode([i]) for i in allowed.nonzero().flatten().tolist()]
+    assert pieces and all(piece.startswith("{") for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"not": {"type": "string"}},
+        {"type": "array", "uniqueItems": True},
+        {"type": "string", "format": "no-such"},
+        {"$ref": "http://example.org/schema"},
+        {"type": "string", "pattern": "(?=a)b"},
+        {"type": "no-such"},
+    ],
+)
+def test_a_schema_that_cannot_be_enforced_is_refused(tokenizer, schema):
+    with pytest.raises(InputError, match="cannot be enforced: "):
+        Constraint(tokenizer, VOCAB, schema)
+
+
+def test_a_token_against_the_schema_is_an_error_not_a_way_out(tokenizer):
+    constraint = Constraint(tokenizer, VOCAB, OBJECT)
+    constraint.mask(torch.zeros(VOCAB))
+    with pytest.raises(CheckError):
+        constraint.advance(tokenizer.encode("x")[0])
+    with pytest.raises(CheckError):
+        constraint.mask(torch.zeros(VOCAB))
+
+
+def test_a_tokenizer_without_an_end_is_refused(tiny_checkpoint):
+    tokenizer = load_tokenizer(tiny_checkpoint)
+    tokenizer.eos_ids = ()
+    with pytest.raises(ModelError, match="no end token"):
+        Constraint(tokenizer, VOCAB, OBJECT)

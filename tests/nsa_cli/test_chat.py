@@ -1,0 +1,137 @@
+"""`nsa chat`: one reading, questions that know those before them, and what ends what."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from nsa_cli.answer import Conversation, Request, silent
+from nsa_cli.chat import begin, chat
+from nsa_cli.checkpoint import Checkpoint
+from nsa_cli.commands.chat import typed_lines
+from nsa_cli.context import build_context
+from nsa_cli.documents import Document
+from nsa_models.errors import BudgetError
+from nsa_models.sampling import Sampling
+
+TEXT = "the quick brown fox jumps over the lazy dog and runs away\n" * 20
+SHORT = ("--max-tokens", 12)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def replies(run) -> list[dict]:
+    assert run.code == 0, run.err
+    return [json.loads(line) for line in run.out.splitlines()]
+
+
+def test_each_question_knows_those_before_it_and_reset_forgets_them(nsa, text):
+    lines = "who runs?\n\nwho runs?\n/reset\nwho runs?\n/what\n/quit\nnever asked\n"
+    run = nsa("chat", text, *SHORT, "--json", stdin=lines)
+    first, second, third = replies(run)
+    assert third["answer"] == first["answer"] == replies(nsa("ask", text, "who runs?", *SHORT, "--json"))[0]["answer"]
+    assert second["usage"]["prompt_tokens"] > first["usage"]["prompt_tokens"] + 12
+    assert first["usage"]["cached_tokens"] == 0 < third["usage"]["cached_tokens"] < second["usage"]["cached_tokens"]
+    assert "nsa: a new conversation" in run.err and "/reset begins" in run.err
+
+
+def test_answers_are_lines_of_text(nsa, text):
+    run = nsa("chat", text, *SHORT, stdin="who runs?\nwho jumps?\n")
+    assert run.code == 0 and run.out.count("\n") == 2 and run.err.count("prefill ") == 2
+
+
+def test_what_is_in_the_cache_is_the_whole_conversation(tiny_checkpoint):
+    """The second answer is the one that follows from reading everything anew, in one piece."""
+    from nsa_models import Cache, decode, prefill
+
+    checkpoint = Checkpoint(str(tiny_checkpoint))
+    tokenizer, model = checkpoint.tokenizer, checkpoint.model
+    context = build_context([Document("a.txt", TEXT)], tokenizer)
+    sampling = Sampling(max_tokens=9)
+    conversation = Conversation(checkpoint, context, Request(sampling, use_store=False), 4000)
+    pieces: list[str] = []
+    conversation.ask("who runs?", silent)
+    second = conversation.ask("and who jumps?", pieces.append)
+
+    first, then = tokenizer.prompt("who runs?"), tokenizer.follow_up("and who jumps?")
+
+    def follows(ids: list[int]) -> list[int]:
+        cache = Cache.for_model(model, 4000)
+        logits = prefill(model, ids, cache)
+        return list(decode(model, cache, logits, sampling, eos_ids=tokenizer.eos_ids))
+
+    prompt = first.before + context.ids + first.after
+    whole = prompt + follows(prompt) + then.before + then.after
+    text = tokenizer.decode(whole)
+    assert text.index("who runs?") < text.index("and who jumps?") and "<|im_end|>" not in text
+    assert "".join(pieces) == second.text == tokenizer.decode(follows(whole)).lstrip()
+    assert second.usage.prompt_tokens == len(whole)
+
+
+def test_a_conversation_that_is_full_says_so(nsa, text):
+    run = nsa("chat", text, "--max-tokens", 100, "--max-context", 800, stdin="who runs?\n" * 9)
+    assert run.code == 4 and run.out.count("\n") >= 1
+    assert "the conversation takes" in run.err.splitlines()[-1]
+    assert nsa("chat", text, "--max-context", 300, stdin="who?").code == 4
+
+
+def test_who_types_keeps_the_conversation_after_a_mistake(tiny_checkpoint, capsys, monkeypatch):
+    checkpoint = Checkpoint(str(tiny_checkpoint))
+    context = build_context([Document("a.txt", TEXT)], checkpoint.tokenizer)
+    request = Request(Sampling(max_tokens=200), use_store=False, max_context=len(context.ids) + 300)
+    conversation = begin(checkpoint, context, request)
+    chat(conversation, ["who runs?", "x " * 300, "/reset", "who runs?"], False, patient=True)
+    out, err = capsys.readouterr()
+    first, again = out.splitlines()
+    assert first == again and "/reset begins a new one" in err
+    with pytest.raises(BudgetError):
+        chat(conversation, ["x " * 300], False, patient=False)
+
+    import nsa_models.engine
+
+    decode = nsa_models.engine.decode
+
+    def interrupted(*args, **options):
+        yield next(decode(*args, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(nsa_models, "decode", interrupted)
+    conversation.reset()
+    chat(conversation, ["who runs?"], False, patient=True)
+    conversation.reset()
+    with pytest.raises(KeyboardInterrupt):
+        chat(conversation, ["who runs?"], False, patient=False)
+
+
+@pytest.mark.parametrize(("args", "code"), [((), 2), (("-",), 2), (("nowhere",), 3)])
+def test_what_is_refused(nsa, args, code):
+    assert nsa("chat", *args, stdin="who?").code == code
+
+
+def test_at_a_terminal_it_prompts(text, tiny_checkpoint, tmp_path):
+    import pty
+
+    parent, child = pty.openpty()
+    environment = os.environ | {"NSA_MODEL": str(tiny_checkpoint), "NSA_CACHE_DIR": str(tmp_path / "s"), "TERM": "dumb"}
+    command = [sys.executable, "-m", "nsa_cli", "chat", text, *map(str, SHORT)]
+    with subprocess.Popen(command, stdin=child, stdout=child, stderr=subprocess.PIPE, env=environment) as process:
+        os.close(child)
+        os.write(parent, b"who runs?\n/quit\n")
+        err = process.stderr.read().decode()
+    assert process.returncode == 0, err
+    assert b"> " in os.read(parent, 10_000) and "tokens read; /reset begins" in err
+
+
+def test_ctrl_d_ends_it(monkeypatch):
+    def closed(prompt):
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", closed)
+    assert list(typed_lines()) == []
