@@ -34,7 +34,10 @@ def nsa_attention(
     NC, q_cmp = variant.compressed_count(S), q if q_cmp is None else q_cmp
     k, v, k_cmp, v_cmp = k[:S], v[:S], k_cmp[:NC], v_cmp[:NC]
     k_swa, v_swa = k if k_swa is None else k_swa[:S], v if v_swa is None else v_swa[:S]
-    q, q_cmp, k, v, k_cmp, v_cmp, k_swa, v_swa = map(last_dense, (q, q_cmp, k, v, k_cmp, v_cmp, k_swa, v_swa))
+    # Products take operands of one type; a cache may keep a narrower one than the model computes in.
+    q, q_cmp, k, v, k_cmp, v_cmp, k_swa, v_swa = (
+        last_dense(x.to(q.dtype)) for x in (q, q_cmp, k, v, k_cmp, v_cmp, k_swa, v_swa)
+    )
     at = dict(offset=offset, scale=scale)
     o_cmp, lse = ranged.attention(
         q_cmp, k_cmp, v_cmp, block=variant.compress_block, stride=variant.compress_stride, **at
@@ -62,4 +65,4 @@ def _all_blocks(q: Tensor, heads: int, variant: Variant, offset: int) -> Tensor:
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, offset: int = 0, scale: float | None = None) -> Tensor:
     """Causal full attention. Shapes as in `reference.dense_attention`."""
-    return flash_attention(q, k, v, offset=offset, scale=scale)
+    return flash_attention(q, k.to(q.dtype), v.to(q.dtype), offset=offset, scale=scale)

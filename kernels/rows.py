@@ -14,9 +14,11 @@ Item = TypeVar("Item")
 MIN_ROWS = 128  # below this, torch's own threads inside each operation do as well
 
 
-def over_rows(function: Callable[[slice], T], rows: int) -> list[T]:
-    """function(slice) for consecutive slices that cover `rows` rows, one a thread; results in order."""
-    threads = torch.get_num_threads()
+def over_rows(function: Callable[[slice], T], rows: int, device: torch.device) -> list[T]:
+    """function(slice) for consecutive slices that cover `rows` rows, one a thread; results in order. On a GPU, which
+    splits its own work, one slice.
+    """
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
     parts = max(1, min(threads, rows // MIN_ROWS))
     size = -(-rows // parts)
     return over_tasks(function, [slice(start, min(start + size, rows)) for start in range(0, rows, size)])

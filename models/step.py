@@ -11,19 +11,24 @@ from nsa_models.transformer import NSAModel
 
 
 class Step:
-    """`model.advance` of one token and its logits: compiled on a CPU, except where a token completes a compression
-    block (1 in `compress_stride`), whose compression is the model's own.
+    """`model.advance` of one token and its logits: a CUDA graph on a GPU; compiled on a CPU, except where a token
+    completes a compression block (1 in `compress_stride`), whose compression is the model's own.
     """
 
     def __init__(self, model: NSAModel, cache: Cache, dense: bool = False) -> None:
         self.model, self.cache, self.dense = model, cache, dense
         self.rope = Rope(model.config, cache.rope_factor)
-        self.compiled = None if dense else _compiled(model, cache)
+        self.captured = _captured(model, cache, dense)
+        self.compiled = None if dense or self.captured else _compiled(model, cache)
 
     @torch.no_grad()
     def __call__(self, token: int) -> Tensor:
         """Append `token` to the cache. Returns (vocab,) in float32 or better."""
         model, cache, count = self.model, self.cache, self.model.config.variant.compressed_count
+        if self.captured is not None:
+            logits = self.captured.run(token, cache.length)
+            cache.length += 1
+            return logits
         ids = torch.tensor([token])
         if self.compiled is None or count(cache.length) != count(cache.length + 1):
             return model.logits(model.advance(ids, cache, self.dense))[0]
@@ -32,6 +37,15 @@ class Step:
         logits = self.compiled.run(x[0], cos.flatten(), sin.flatten(), cache.length)
         cache.length += 1
         return logits
+
+
+def _captured(model: NSAModel, cache: Cache, dense: bool):
+    """None where the model is on a CPU, or its cache of another type."""
+    if model.device.type != "cuda":
+        return None
+    from nsa_models import graph  # Triton is loaded where it is used
+
+    return graph.CapturedStep(model, cache, dense) if graph.supports(model, cache) else None
 
 
 def _compiled(model: NSAModel, cache: Cache) -> DecodeStep | None:

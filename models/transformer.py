@@ -75,7 +75,7 @@ class Layer(nn.Module):
             h = self.attn_norm(x[rows])
             attn.project(h, cos[rows], sin[rows], cache, start + rows.start, q[rows], q_cmp[rows], gates[rows])
 
-        over_rows(project, T)
+        over_rows(project, T, x.device)
         attn.compress(rope, cache, start + T, x.dtype)
         k, v = (cache.read(attn.layer, name, 0, start + T) for name in ("k", "v"))
         if attention is not None:
@@ -89,7 +89,7 @@ class Layer(nn.Module):
             x[rows] += attn.o_proj(o[rows].flatten(1))
             x[rows] += self.mlp(self.mlp_norm(x[rows]))
 
-        over_rows(finish, T)
+        over_rows(finish, T, x.device)
 
 
 class Embedding(nn.Module):

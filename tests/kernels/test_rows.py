@@ -17,8 +17,12 @@ def three_threads():
 
 @pytest.mark.parametrize("rows", [1, 127, 128, 1000, 1001])
 def test_slices_cover_the_rows_in_order(rows: int) -> None:
-    parts = over_rows(lambda part: list(range(part.start, part.stop)), rows)
+    parts = over_rows(lambda part: list(range(part.start, part.stop)), rows, torch.device("cpu"))
     assert sum(parts, []) == list(range(rows))
+
+
+def test_a_gpu_gets_all_rows_at_once() -> None:
+    assert over_rows(lambda part: part, 1000, torch.device("cuda")) == [slice(0, 1000)]
 
 
 def test_an_error_in_a_task_is_raised_and_threads_are_restored() -> None:
