@@ -34,7 +34,7 @@ class Settings:
 
     def digest(self, job: Job, model: str) -> str:
         """12 hex digits of what an answer depends on: the job, these settings and the model (its fingerprint)."""
-        request = replace(self.request, held=None, use_store=True)  # neither changes an answer
+        request = replace(self.request, held=None, store="use", fit=False)  # neither changes an answer
         about = [asdict(replace(job, line=0, id=None)), asdict(request), asdict(self.read), self.reproducible, model]
         if job.recipe:
             about += [sorted(self.explicit), recipe_text(job.recipe)]
@@ -106,7 +106,7 @@ class Worker:
                 reply = self.answer(task)
                 result = reply.to_json()
                 if self.settings.reproducible:
-                    del result["timings"], result["usage"]["cached_tokens"]
+                    del result["timings"], result["peak_memory_bytes"], result["usage"]["cached_tokens"]
                 if task.recipe:
                     reply.require()
         except Exception as error:

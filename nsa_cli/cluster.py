@@ -67,8 +67,9 @@ def check_reachable(address: str | None) -> None:
 class RemoteWorker:
     """A worker in a process of its own, which may be on another machine."""
 
-    def __init__(self, model: str, device: str | None, threads: int, fingerprint: str, settings: Settings) -> None:
-        self.worker = Worker(Checkpoint(model, device, threads), settings)
+    def __init__(self, checkpoint: tuple, fingerprint: str, settings: Settings) -> None:
+        """checkpoint: what Checkpoint takes."""
+        self.worker = Worker(Checkpoint(*checkpoint), settings)
         self.fingerprint = fingerprint
 
     def record(self, task, documents) -> dict:
@@ -137,7 +138,8 @@ class Cluster:
         if seat.worker is None:
             c = self.checkpoint
             model = str(c.requested) if c.requested and not os.path.exists(c.requested) else str(c.directory.resolve())
-            seat.worker = self.actor.remote(model, c.device, self.threads, c.model.fingerprint, self.settings)
+            asked = model, c.device, self.threads, c.dtype, c.template
+            seat.worker = self.actor.remote(asked, c.model.fingerprint, self.settings)
         task = seat.reader.task(seat.jobs[0])
         if seat.reference is None or seat.sent is not task.documents:
             seat.sent, seat.reference = task.documents, ray.put(task.documents)

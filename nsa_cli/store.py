@@ -100,11 +100,18 @@ class Store:
         return Stored(cache, length, _words(_difference(stored_ids, ids, length), damaged))
 
     def save(
-        self, model: "NSAModel", tokenizer_digest: str, ids: Sequence[int], cache: "Cache", name: str = ""
+        self,
+        model: "NSAModel",
+        tokenizer_digest: str,
+        ids: Sequence[int],
+        cache: "Cache",
+        name: str = "",
+        anew: bool = False,
     ) -> str | None:
         """Keep the whole blocks of `ids` that `cache` holds: all, or what was done when a prefill was interrupted.
 
-        ids: what later questions share, so a context without its question. name: the model's, for people.
+        ids: what later questions share, so a context without its question. name: the model's, for people. anew: also
+        where the same is stored already.
         Returns None, also where there is nothing new to keep, or in words why it could not be kept; never raises
         for what the disk does. Replaces entries that this one continues, and the least recently used over quota.
         """
@@ -125,14 +132,16 @@ class Store:
             self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._sweep()
             entries, _ = self._scan()
-            if any(e.chain.startswith(chain) for e in entries):
+            if any(e.chain.startswith(chain) for e in entries) and not anew:
                 return None
             continued = [e for e in entries if chain.startswith(e.chain)]
             refusal = self._make_room(_payload(cache, tokens), [e for e in entries if e not in continued])
             if refusal:
                 return refusal
+            for entry in (e for e in continued if e.chain == chain):
+                self._discard(entry.path)  # it has the name of the one to be written
             self._write(cache, array("i", ids[:tokens]), chain, about)
-            for entry in continued:
+            for entry in (e for e in continued if e.chain != chain):
                 self._discard(entry.path)
         except OSError as error:
             return f"cannot write to {self.root}: {error.strerror or error}"

@@ -74,7 +74,7 @@ def summarize(
     joined = _join(checkpoint, parts)
     if len(joined.ids) >= len(context.ids):
         raise BudgetError(f"{len(shards)} parts' summaries are no shorter than the text; lower --max-tokens")
-    later = replace(request, use_store=False, evidence=0)  # summaries are asked about once, and are no place to look
+    later = replace(request, store="off", evidence=0)  # summaries are asked about once, and are no place to look
     whole = summarize(checkpoint, joined, later, tell, join, join)
     whole = combined(parts, whole, request.evidence)
     return replace(whole, shards=len(parts), citations=check_citations(whole.text, context))

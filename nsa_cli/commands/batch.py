@@ -60,7 +60,7 @@ def command(jobs, output, restart, keep_going, reproducible, engine, read, reque
         raise click.UsageError("--address and --workers are for --engine ray")
     listed = parse_jobs(read_jobs(jobs, output))
     settings = Settings(read, request, reproducible, typed(request))
-    digests = {job.key: settings.digest(job, checkpoint.model.fingerprint) for job in listed}
+    digests = {job.key: settings.digest(job, checkpoint.identity) for job in listed}
     with open_records(output, digests, restart) as records:
         run_batch(listed, make_engine(engine, checkpoint, settings, **cluster), records, keep_going)
 

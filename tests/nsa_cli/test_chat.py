@@ -55,7 +55,7 @@ def test_what_is_in_the_cache_is_the_whole_conversation(tiny_checkpoint):
     tokenizer, model = checkpoint.tokenizer, checkpoint.model
     context = build_context([Document("a.txt", TEXT)], tokenizer)
     sampling = Sampling(max_tokens=9)
-    conversation = Conversation(checkpoint, context, Request(sampling, use_store=False), 4000)
+    conversation = Conversation(checkpoint, context, Request(sampling, store="off"), 4000)
     pieces: list[str] = []
     conversation.ask("who runs?", silent)
     second = conversation.ask("and who jumps?", pieces.append)
@@ -85,7 +85,7 @@ def test_a_conversation_that_is_full_says_so(nsa, text):
 def test_who_types_keeps_the_conversation_after_a_mistake(tiny_checkpoint, capsys, monkeypatch):
     checkpoint = Checkpoint(str(tiny_checkpoint))
     context = build_context([Document("a.txt", TEXT)], checkpoint.tokenizer)
-    request = Request(Sampling(max_tokens=200), use_store=False, max_context=len(context.ids) + 300)
+    request = Request(Sampling(max_tokens=200), store="off", max_context=len(context.ids) + 300)
     conversation = begin(checkpoint, context, request)
     chat(conversation, ["who runs?", "x " * 300, "/reset", "who runs?"], False, patient=True)
     out, err = capsys.readouterr()
