@@ -97,6 +97,10 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return self._text.decode(ids, skip_special_tokens=True)
 
+    def text(self, ids: list[int]) -> str:
+        """The same with control tokens spelled out."""
+        return self._text.decode(ids, skip_special_tokens=False)
+
     def stream(self) -> "Stream":
         """Decodes token by token; every piece is whole characters."""
         return Stream(self)

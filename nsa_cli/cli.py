@@ -27,7 +27,7 @@ COMMANDS = {
     "convert": ("nsa_cli.commands.convert", "Make an NSA checkpoint from a dense one."),
     "train": ("nsa_cli.commands.train", "Train an NSA model, or go on training one."),
     "eval": ("nsa_cli.commands.eval", "Measure how well a model reads: perplexity and tasks, by length."),
-    "cache": ("nsa_cli.commands.cache", "List and remove stored contexts."),
+    "cache": ("nsa_cli.commands.cache", "List, check and remove stored contexts."),
     "config": ("nsa_cli.commands.config", "Show the settings in force and where they come from."),
     "doctor": ("nsa_cli.commands.doctor", "Check what nsa needs on this machine, with remedies."),
     "completion": ("nsa_cli.commands.completion", "Print the script that completes nsa's commands in a shell."),
