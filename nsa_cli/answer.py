@@ -15,6 +15,7 @@ from nsa_cli.held import Held
 from nsa_cli.output import VERBOSE, emit, progress, say, warn
 from nsa_cli.runlog import log_answer
 from nsa_cli.settings import cache_dir
+from nsa_cli.speed import remember
 from nsa_cli.units import format_bytes
 from nsa_models.errors import BudgetError, CheckError
 from nsa_models.sampling import Sampling
@@ -314,13 +315,15 @@ def read(
     if found and found.note:
         say(f"store: {found.note}", VERBOSE)
     cache = found.cache if found else Cache.for_model(model, capacity)
-    stored = cache.length
+    stored, started = cache.length, time.perf_counter()
+    writes = store is not None and request.store != "read"
     if stored < shared:
         try:
             with progress("reading", shared - stored) as advance:
                 prefill(model, prompt[stored:shared], cache, progress=advance)
+            if writes:
+                remember(cache_dir(), checkpoint, stored, shared, time.perf_counter() - started)
         finally:  # what was read before Ctrl-C counts next time
-            writes = store and request.store != "read"
             refusal = store.save(model, digest, prompt[:shared], cache, checkpoint.name, anew) if writes else None
             if refusal:
                 warn(f"this context is not stored: {refusal}")
