@@ -28,6 +28,7 @@ COMMANDS = {
     "train": ("nsa_cli.commands.train", "Train an NSA model, or go on training one."),
     "eval": ("nsa_cli.commands.eval", "Measure how well a model reads: perplexity and tasks, by length."),
     "cache": ("nsa_cli.commands.cache", "List, check and remove stored contexts."),
+    "log": ("nsa_cli.commands.log", "Show what was asked and answered before, where a log is kept."),
     "config": ("nsa_cli.commands.config", "Show the settings in force and where they come from."),
     "doctor": ("nsa_cli.commands.doctor", "Check what nsa needs on this machine, with remedies."),
     "completion": ("nsa_cli.commands.completion", "Print the script that completes nsa's commands in a shell."),

@@ -9,6 +9,7 @@ import click
 
 from nsa_cli.commands.run import describe, problems_of
 from nsa_cli.completion import complete_recipes
+from nsa_cli.output import say, write_atomically
 from nsa_cli.recipe import builtin_dir, find_recipe, recipe_paths, user_dir
 from nsa_cli.recipe_keys import NAME, json_schema
 from nsa_models.errors import CheckError, InputError
@@ -56,6 +57,7 @@ def command(context: click.Context) -> None:
       nsa recipes ls
       nsa recipes show code-review
       nsa recipes new my-review --from code-review
+      nsa recipes edit my-review
       nsa recipes validate my-review
     """
     if context.invoked_subcommand is None:
@@ -103,15 +105,20 @@ def validate(names: tuple[str, ...]) -> None:
     paths = [find_recipe(name) for name in names] or sorted(user_dir().glob("*.yaml"))
     wrong = 0
     for path in paths:
-        try:
-            problems = problems_of(path)
-        except InputError as error:
-            problems = [str(error)]
+        problems = all_problems(path)
         wrong += bool(problems)
         for line in problems or [f"{path}: ok"]:
             click.echo(line)
     if wrong:
         raise CheckError(f"{wrong} of {len(paths)} recipes cannot be used")
+
+
+def all_problems(path: Path) -> list[str]:
+    """With their lines, also where the file is no YAML."""
+    try:
+        return problems_of(path)
+    except InputError as error:
+        return [str(error)]
 
 
 @command.command(short_help="Begin a recipe of your own.")
@@ -139,6 +146,33 @@ def new(name: str, source: str | None) -> None:
     except FileExistsError:
         raise InputError(f"{target} is there already; edit it, or choose another name") from None
     click.echo(target)
+
+
+@command.command(short_help="Edit a recipe of your own.")
+@click.argument("name", metavar="RECIPE", shell_complete=complete_recipes)
+def edit(name: str) -> None:
+    """Open RECIPE in $EDITOR and check what was written. A built-in one is copied into your folder first, where it
+    takes the built-in one's place.
+
+    \b
+      nsa recipes edit my-review
+      EDITOR=nano nsa recipes edit code-review
+    """
+    original = find_recipe(name)
+    text = original.read_text("utf-8")
+    edited = click.edit(text, extension=".yaml")
+    if edited is None or edited == text:
+        say("nsa: nothing was changed")
+        return
+    target = user_dir() / original.name if original.parent == builtin_dir() else original
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, edited.encode())
+    click.echo(target)
+    problems = all_problems(target)
+    for line in problems:
+        click.echo(line, err=True)
+    if problems:
+        raise CheckError(f"{name} cannot be used as it is; mend it: nsa recipes edit {name}")
 
 
 @command.command(short_help="Print the JSON schema of recipes.")

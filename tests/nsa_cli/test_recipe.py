@@ -267,6 +267,25 @@ def test_ls_show_path_new_and_validate(nsa, tmp_path):
     assert "bad" in nsa("recipes", "ls").out and "unusable: " in nsa("run", "--help").out
 
 
+def test_edit_copies_a_built_in_recipe_and_checks_what_was_written(nsa, tmp_path, monkeypatch):
+    own = tmp_path / "config" / "recipes" / "changelog.yaml"
+    monkeypatch.setenv("VISUAL", "true")
+    assert nsa("recipes", "edit", "changelog") == (0, "", "nsa: nothing was changed\n")
+    assert not own.exists()
+    monkeypatch.setenv("VISUAL", "sed -i 's/^description:.*/description: Mine./'")
+    assert nsa("recipes", "edit", "changelog") == (0, f"{own}\n", "")
+    assert load_recipe("changelog").description == "Mine."
+    monkeypatch.setenv("VISUAL", "sed -i 's/^description:/descripton:/'")
+    run = nsa("recipes", "edit", "changelog")
+    assert (run.code, run.out) == (6, f"{own}\n") and "did you mean 'description'?" in run.err
+    monkeypatch.setenv("VISUAL", "sed -i 's/^name:.*/]/'")
+    run = nsa("recipes", "edit", "changelog")
+    assert run.code == 6 and "not YAML" in run.err  # and can be mended
+    monkeypatch.setenv("VISUAL", "no-such-editor")
+    run = nsa("recipes", "edit", "changelog")
+    assert run.code == 1 and run.err.startswith("nsa: no-such-editor: Editing failed")
+
+
 def test_a_new_recipe_is_valid_and_names_an_existing_schema(tmp_path):
     text = TEMPLATE.format(name="mine", schema=(builtin_dir() / "recipe.schema.json").as_posix())
     assert load_recipe(write(tmp_path, text)).name == "mine"
