@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import click
 
-from nsa_cli.answer import Answer, answers, require_citations, show, silent
+from nsa_cli.answer import Answer, require_citations, show, silent
 from nsa_cli.commands.options import (
     answer_options,
     checkpoint_options,
@@ -22,10 +22,8 @@ from nsa_cli.completion import complete_paths
 from nsa_cli.documents import ReadOptions, read_documents
 from nsa_cli.output import emit, say_skipped
 from nsa_cli.packing import pack, room_beside
-from nsa_cli.summarize import summarize
+from nsa_cli.summarize import ask_about
 from nsa_models.errors import InputError
-
-JOIN_ANSWERS = "The texts above answer a question from consecutive parts of one document. Answer it from them all: "
 
 
 @click.command("ask")
@@ -72,19 +70,11 @@ def command(arguments, asked, questions, schema, strict, read, packing, request,
     say_skipped(skips)
     longest = max(wanted, key=len)
     context = pack(documents, skips, checkpoint, longest, request, packing)
-    in_parts = context.tokens > room_beside(checkpoint, longest, request, packing)  # only where it is to be read so
-    answered = (answers_in_parts if in_parts else answers)(
-        checkpoint, context, wanted, request, silent if as_json else emit
-    )
+    room = room_beside(checkpoint, longest, request, packing)  # it is longer only where it is to be read in parts
+    answered = ask_about(checkpoint, context, wanted, request, room, silent if as_json else emit)
     replies = show_answers(answered, wanted, as_json)
     if strict:
         require_citations(replies)
-
-
-def answers_in_parts(checkpoint, context, questions: Sequence[str], request, tell) -> Iterator[Answer]:
-    """Each question asked about every part, and the answers put together."""
-    for question in questions:
-        yield summarize(checkpoint, context, request, tell, question, JOIN_ANSWERS + question)
 
 
 def show_answers(answered: Iterator[Answer], questions: Sequence[str], as_json: bool) -> list[Answer]:
