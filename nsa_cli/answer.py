@@ -147,6 +147,15 @@ def answers(
         yield conversation.ask(question, tell)
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A question and its answer, as text and as the tokens that the model said."""
+
+    question: str
+    answer: str
+    ids: list[int] = field(repr=False)
+
+
 class Conversation:
     """A context that has been read, and what was asked and answered about it since."""
 
@@ -163,36 +172,55 @@ class Conversation:
         self.stored: int | None
         self.cache, self.stored = read(checkpoint, prompt, self.shared, capacity, request)
         self.unread: list[int] | None = None  # tokens of the last answer that are not in the cache; None = no answer
+        self.turns: list[Turn] = []
 
     def reset(self) -> None:
         """Forget what was asked."""
         self.cache.truncate(self.shared)
-        self.unread = None
+        self.unread, self.turns = None, []
+
+    def resume(self, turns: Sequence["Turn"]) -> None:
+        """Forget what was asked, and take these turns for it. Raises BudgetError where they do not fit."""
+        from nsa_models import prefill
+
+        self.reset()
+        for turn in turns:
+            rest, _ = self._next(turn.question)
+            self._check_room(self.cache.length + len(rest), len(turn.ids))
+            prefill(self.checkpoint.model, rest, self.cache)
+            self.unread = turn.ids
+            self.turns.append(turn)
+
+    def _next(self, question: str) -> "tuple[list[int], Prompt]":
+        """What is to be read before the answer to the next question, and the question in it."""
+        wording, tokenizer = self.request.wording(question), self.checkpoint.tokenizer
+        if self.unread is None:
+            around = tokenizer.prompt(wording, self.request.system)
+            return self.document[self.shared :] + around.after, around
+        around = tokenizer.follow_up(wording, self.request.system)
+        return self.unread + around.before + around.after, around
+
+    def _check_room(self, prompt_tokens: int, longest: int) -> None:
+        if prompt_tokens + longest > self.cache.capacity:
+            raise BudgetError(
+                f"the conversation takes {prompt_tokens:,} tokens and its answer up to {longest:,}; "
+                f"{self.cache.capacity:,} fit: begin a new one, or lower --max-tokens"
+            )
 
     def ask(self, question: str, tell: Callable[[str], None]) -> Answer:
         """Answer one more question, knowing those before it. Raises BudgetError, before anything is read, where it and
         its answer do not fit.
         """
         checkpoint, request, cache = self.checkpoint, self.request, self.cache
-        wording = request.wording(question)
-        if self.unread is None:
-            around = checkpoint.tokenizer.prompt(wording, request.system)
-            rest = self.document[self.shared :] + around.after
-        else:
-            around = checkpoint.tokenizer.follow_up(wording, request.system)
-            rest = self.unread + around.before + around.after
+        rest, around = self._next(question)
         reused = cache.length if self.stored is None else self.stored  # the first question pays for the reading
         prompt_tokens = cache.length + len(rest)
-        longest = request.sampling.max_tokens
-        if prompt_tokens + longest > cache.capacity:
-            raise BudgetError(
-                f"the conversation takes {prompt_tokens:,} tokens and its answer up to {longest:,}; "
-                f"{cache.capacity:,} fit: begin a new one, or lower --max-tokens"
-            )
+        self._check_room(prompt_tokens, request.sampling.max_tokens)
         logits, retrieval = read_question(checkpoint, rest, around, cache)
         prefilled = time.perf_counter()
         text, ids, reason, first = generate(checkpoint, cache, logits, request, silent if request.schema else tell)
         self.unread = ids[cache.length - prompt_tokens :]
+        self.turns.append(Turn(question, text, ids))
         data = _data(text, len(ids), reason, request.schema, tell) if request.schema else None
         reply = Answer(
             text,
