@@ -23,7 +23,7 @@ COMMANDS = {
     "recipes": ("nsa_cli.commands.recipes", "List, show, check and begin recipes."),
     "plan": ("nsa_cli.commands.plan", "Show what a question would read: files, tokens, memory, time."),
     "pack": ("nsa_cli.commands.pack", "Write files and folders as one text, without running a model."),
-    "models": ("nsa_cli.commands.models", "Install, list and check checkpoints."),
+    "models": ("nsa_cli.commands.models", "Install, name, list and check checkpoints."),
     "convert": ("nsa_cli.commands.convert", "Make an NSA checkpoint from a dense one."),
     "train": ("nsa_cli.commands.train", "Train an NSA model, or go on training one."),
     "eval": ("nsa_cli.commands.eval", "Measure how well a model reads: perplexity and tasks, by length."),
