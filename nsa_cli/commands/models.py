@@ -127,7 +127,7 @@ def show(name: str, as_json: bool) -> None:
 
 
 @command.command(short_help="Give a checkpoint elsewhere a name.")
-@click.argument("path", type=click.Path(file_okay=False, exists=True, path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path))
 @click.option("--name", help="Default: that of its directory.")
 def add(path: Path, name: str | None) -> None:
     """Give the checkpoint in the directory PATH a name, for --model. It stays where it is.

@@ -96,7 +96,7 @@ class TestAdd:
         for name in ("../a", "a/b", ".a", ""):
             assert nsa("models", "add", tiny_checkpoint, "--name", name).code == 2
             assert nsa("models", "rm", name).code == 3
-        assert nsa("models", "add", tmp_path / "nowhere").code == 2
+        fails(nsa("models", "add", tmp_path / "nowhere"), 5, "nowhere")
 
     def test_an_installed_one_is_removed_whole(self, nsa, installed) -> None:
         assert nsa("models", "rm", "tiny").code == 0 and not installed.exists()
