@@ -427,3 +427,46 @@ def test_question_files_that_are_refused(nsa, docs, content, code, says):
     run = nsa("ask", docs, "--questions", file)
     assert (run.code, run.out) == (code, "") and says in run.err
     assert nsa("ask", docs, "--question", " ").code == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ("Here:\n```python\nx = 1\n```\nand\n```\ny\n```\n", "x = 1\n"),
+        ("~~~~\n```\nin it\n```\n~~~~", "```\nin it\n```\n"),
+        ("```sh\n```", ""),
+        ("no code, only `x`", None),
+        ("```python\nx = 1", None),
+    ],
+)
+def test_only_the_code_is_printed(nsa, docs, monkeypatch, said, code):
+    def generate(checkpoint, cache, logits, request, tell):
+        tell(said)
+        return said, [1], "stop", 0.0
+
+    monkeypatch.setattr("nsa_cli.answer.generate", generate)
+    run = nsa("ask", docs, "write it", "--code")
+    if code is None:
+        assert (run.code, run.out) == (6, "") and "no block of code in the answer" in run.err
+    else:
+        assert run.code == 0 and run.out == (code or "\n")
+        assert json.loads(nsa("ask", docs, "write it", "--code", "--json").out)["answer"] == code
+    assert nsa("ask", docs, "write it", "--code", "--schema", "a").code == 2
+
+
+def test_a_question_is_saved_as_a_recipe_that_asks_it(nsa, docs, tmp_path):
+    options = ("--max-tokens", 9, "--temperature", 0.5, "--seed", 3, "--stop", "zz", "--system", "Be brief.")
+    asked = nsa("ask", docs, "who runs?", "--include", "a.*", "--max-context", "4k", *options)
+    saved = nsa("ask", "who runs?", "--include", "a.*", "--max-context", "4k", *options, "--save-recipe", "runs")
+    assert saved == (0, f"{tmp_path / 'config' / 'recipes' / 'runs.yaml'}\n", "")
+    assert nsa("run", "runs", docs).out == asked.out != ""
+    text = Path(saved.out.strip()).read_text()
+    assert "top_p" not in text and "exclude" not in text  # nothing but what was said
+    again = nsa("ask", "who?", "--save-recipe", "runs")
+    assert again.code == 3 and "is there already" in again.err
+    assert nsa("ask", "who?", "--schema", "name", "--save-recipe", "schema").code == 0
+    assert "properties" in nsa("recipes", "show", "schema").out
+    for wrong in (("a b", "--save-recipe", "Bad Name"), (docs, "who?", "--save-recipe", "x"), ("--save-recipe", "x")):
+        assert nsa("ask", *wrong).code == 2
+    refused = nsa("ask", "what is {{ x }}?", "--save-recipe", "braces")
+    assert refused.code == 3 and "no parameter 'x'" in refused.err and not list(tmp_path.rglob("braces*"))
