@@ -50,7 +50,10 @@ def connect(address: str | None) -> None:
     try:
         ray.init(address, **quiet) if address else ray.init("local", include_dashboard=False, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise NSAError(f"no Ray cluster at {address or 'this machine'}: {' '.join(str(error).split())}") from None
+        token = "" if not address or "RAY_AUTH_MODE" in os.environ else "; if it asks for a token: RAY_AUTH_MODE=token"
+        raise NSAError(
+            f"no Ray cluster at {address or 'this machine'}: {' '.join(str(error).split())}{token}"
+        ) from None
 
 
 def check_reachable(address: str | None) -> None:

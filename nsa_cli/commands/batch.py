@@ -48,7 +48,8 @@ def command(jobs, output, restart, keep_going, reproducible, engine, read, reque
 
     With `--engine ray` (pip install 'nsa[ray]') the workers of a Ray cluster answer. nsa and the model must be
     installed on its machines; documents and recipes are read here. Jobs about the same document stay with one worker;
-    the job of a worker that dies is tried again, three times at most.
+    the job of a worker that dies is tried again, three times at most. Where a cluster asks for a token, set
+    RAY_AUTH_MODE=token, as for Ray itself.
 
     \b
       nsa batch jobs.jsonl -o answers.jsonl
