@@ -90,7 +90,8 @@ class Answer:
     def flaw(self) -> str:
         """What to warn of, or an empty text."""
         if self.finish_reason == "length":
-            return f"the answer was cut at {self.usage.completion_tokens:,} tokens; --max-tokens gives it more"
+            at = f" at {self.usage.completion_tokens:,} tokens" if self.shards == 1 else ""  # else those of all parts
+            return f"the answer was cut{at}; --max-tokens gives it more"
         return "" if self.text else "the model ended its answer before the first word"
 
     def to_json(self) -> dict:

@@ -70,7 +70,7 @@ def summarize(
             f"too little; lower --max-tokens to {max(room // 2 - LABEL, 1):,} or raise --max-context"
         )
     shards = context.split(room)
-    say(f"nsa: {len(context.ids):,} tokens, {room:,} fit: summarizing {len(shards)} parts, then their summaries")
+    say(f"nsa: {len(context.ids):,} tokens, {room:,} fit: reading {len(shards)} parts, then what was said of them")
     parts = [_part(checkpoint, shard, instruction, request, i, len(shards)) for i, shard in enumerate(shards, 1)]
     joined = _join(checkpoint, parts)
     if len(joined.ids) >= len(context.ids):
@@ -105,7 +105,7 @@ def _part(checkpoint, shard: "Context", question: str, request: Request, number:
     if part.finish_reason == "interrupted":
         raise KeyboardInterrupt
     if part.finish_reason == "length":
-        warn(f"the summary of part {number} was cut at {part.usage.completion_tokens:,} tokens")
+        warn(f"what was said of part {number} was cut at {part.usage.completion_tokens:,} tokens")
     return part
 
 
