@@ -14,6 +14,7 @@ from nsa_cli.jobs import Job, groups
 from nsa_cli.output import describe, progress, say, say_skipped
 from nsa_cli.recipe import Recipe, find_recipe, load_recipe
 from nsa_cli.records import RecordFile, RecordStream
+from nsa_cli.schema import parse_schema
 from nsa_cli.steps import run_recipe
 from nsa_models.errors import BatchError, InputError
 
@@ -118,7 +119,8 @@ class Worker:
         if task.recipe:
             reply = run_recipe(self.checkpoint, task.recipe, context, self.request, silent, self.settings.explicit)
         else:
-            reply = answer(self.checkpoint, context, task.job.question, self.request, silent)
+            schema = None if task.job.schema is None else parse_schema(task.job.schema)
+            reply = answer(self.checkpoint, context, task.job.question, replace(self.request, schema=schema), silent)
         if reply.finish_reason == "interrupted":
             raise KeyboardInterrupt
         return reply
