@@ -74,6 +74,13 @@ def test_the_best_come_first_and_no_more_than_asked_for():
     assert find_evidence(retrieval, context, 0, 0) == []
 
 
+def test_neighbours_that_are_one_place_leave_room_for_others():
+    context = context_of(LINES * 60)
+    found = find_evidence(mass_of(30, {3: 90, 4: 80, 5: 70, 11: 50, 15: 40, 19: 30}), context, 0, 3)
+    assert [round(e.lift, 1) for e in found] == [9.0, 5.0, 4.0]
+    assert found[0].end - found[0].start >= 5  # three blocks of two lines
+
+
 def test_neighbours_in_a_file_are_one_place_and_files_are_kept_apart():
     context = context_of(LINES * 8, LINES * 8)  # about 300 tokens each; the listing takes less than a block
     last_of_a, first_of_b = context.files[0].stop // BLOCK, context.files[1].start // BLOCK
