@@ -1,7 +1,9 @@
 """Where a question leads: the blocks that drew its words' attention, as path and lines."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,6 +11,19 @@ if TYPE_CHECKING:
     from nsa_models.retrieval import RetrievalMass
 
 SIGNIFICANT = 2.0  # times an even share; less is chance
+
+# Words that every question has lead to every other question: without them the definition of a named function was among
+# the best five blocks for 76 of 80 questions about 109,000 tokens, with them for 68 ("Where is X defined?" led to
+# comments that begin with Where).
+# fmt: off
+FUNCTION_WORDS = frozenset((
+    "a", "about", "an", "and", "are", "as", "at", "be", "been", "but", "by", "can", "could", "did", "do",
+    "does", "for", "from", "had", "has", "have", "he", "here", "how", "i", "if", "in", "into", "is", "it",
+    "its", "may", "me", "might", "must", "my", "not", "of", "on", "or", "our", "she", "should", "than", "that",
+    "the", "their", "them", "then", "there", "these", "they", "this", "those", "to", "us", "was", "we", "were",
+    "what", "when", "where", "which", "who", "whom", "whose", "why", "will", "with", "would", "you", "your",
+))
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -26,6 +41,19 @@ class Evidence:
 
     def to_json(self) -> dict:
         return asdict(self) | {"lift": round(self.lift, 2)}
+
+
+def counted_tokens(text: str, starts: Sequence[int]) -> list[bool]:
+    """Which tokens of a question, by the character each starts with, belong to a word that says what is asked about.
+
+    If it has none, every token.
+    """
+    words = [m.span() for m in re.finditer(r"\w+", text) if m[0].lower() not in FUNCTION_WORDS]
+    counted = []
+    for start, stop in pairwise([*starts, len(text)]):
+        stop = max(stop, start + 1)  # several tokens may be the bytes of one character
+        counted.append(any(first < stop and start < last for first, last in words))
+    return counted if any(counted) else [True] * len(starts)
 
 
 def find_evidence(retrieval: "RetrievalMass", context: "Context", offset: int, limit: int) -> list[Evidence]:
