@@ -70,32 +70,47 @@ class Reader:
         return made
 
 
-def perplexity(model: NSAModel, ids: Sequence[int], length: int, attention: str, windows: int = 1) -> Measure:
-    """exp of the mean loss of the next token over the text's first `windows` pieces of `length` tokens.
+def perplexity(
+    model: NSAModel,
+    ids: Sequence[int],
+    length: int,
+    attention: str,
+    windows: int = 1,
+    *,
+    longest: int | None = None,
+    scored: int | None = None,
+    done: Callable[[], None] = lambda: None,
+) -> Measure:
+    """exp of the mean loss of the next token, over the text's first `windows` windows of `longest` tokens (`length`).
 
-    Raises InputError if the text has not one.
+    The last `scored` tokens of a window count (all but its first), read with as many before them as make `length`: the
+    same tokens are predicted at every length, and only what stands before them grows. Raises InputError if the text
+    has no window.
     """
-    if len(ids) < length:
-        raise InputError(f"the text has {len(ids):,} tokens; perplexity at {length:,} needs as many")
+    longest = longest or length
+    if len(ids) < longest:
+        raise InputError(f"the text has {len(ids):,} tokens; perplexity at {longest:,} needs as many")
     losses = []
-    for start in range(0, min(windows, len(ids) // length) * length, length):
-        losses.append(_losses(model, ids[start : start + length], attention))
+    for end in range(longest, min(windows, len(ids) // longest) * longest + 1, longest):
+        losses.append(_losses(model, ids[end - length : end], attention, scored or length - 1))
+        done()
     blocks = [block.mean().item() for window in losses for block in window.split(BLOCK)]
     mean = torch.cat(losses).mean().item()
     error = NORMAL * statistics.stdev(blocks) / math.sqrt(len(blocks)) if len(blocks) > 1 else math.inf
     return Measure(math.exp(mean), math.exp(mean - error), math.exp(min(mean + error, 700)), len(losses))
 
 
-def _losses(model: NSAModel, ids: Sequence[int], attention: str) -> Tensor:
-    """(T-1,) losses of every token but the first."""
+def _losses(model: NSAModel, ids: Sequence[int], attention: str, scored: int) -> Tensor:
+    """(scored,) losses of the last tokens."""
     reader, at, losses = Reader(model, attention, len(ids)), 0, []
     targets = torch.tensor(ids)
     for hidden in reader.read(ids):
-        wanted = targets[at + 1 : at + 1 + hidden.shape[0]].to(hidden.device)
-        for rows, target in zip(hidden[: len(wanted)].split(256), wanted.split(256), strict=True):
-            losses.append(
-                torch.nn.functional.cross_entropy(model.logits(rows), target, reduction="none").double().cpu()
-            )
+        first = max(len(ids) - scored - 1 - at, 0)  # row whose next token is the first that counts
+        wanted = targets[at + first + 1 : at + 1 + hidden.shape[0]].to(hidden.device)
+        rows = hidden[first : first + len(wanted)]
+        for some, target in zip(rows.split(256), wanted.split(256), strict=True):
+            loss = torch.nn.functional.cross_entropy(model.logits(some), target, reduction="none")
+            losses.append(loss.double().cpu())
         at += hidden.shape[0]
     return torch.cat(losses)
 

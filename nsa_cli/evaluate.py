@@ -69,19 +69,22 @@ class Row:
 def measure(checkpoint: Checkpoint, plan: Plan) -> list[Row]:
     """Every task at every length, the attentions one after the other on the same prompts."""
     from nsa_cli.train import layout
-    from nsa_models.evaluate import tokens_read
+    from nsa_models.evaluate import ask_tasks, perplexity, share, tokens_read
     from nsa_models.training.data import Corpus
 
     corpus = Corpus(texts(plan.texts))
     arranged = layout(checkpoint.tokenizer)
-    longest = max(plan.lengths)
-    check_length(checkpoint, longest)
+    check_length(checkpoint, max(plan.lengths))
     ids = checkpoint.tokenizer.encode("".join(d.text for d in corpus.documents)) if PERPLEXITY in plan.tasks else []
-    if ids and len(ids) < longest:
+    if ids and len(ids) < max(plan.lengths):
         warn(f"the texts have {len(ids):,} tokens: no perplexity beyond")
-    steps = [(t, n, a) for t in plan.tasks for n in plan.lengths for a in plan.attentions]
+    fitting = [n for n in plan.lengths if n <= len(ids)]
+    steps = [
+        (t, n, a) for t in plan.tasks for n in (fitting if t == PERPLEXITY else plan.lengths) for a in plan.attentions
+    ]
+    windows = min(plan.samples, len(ids) // max(fitting)) if fitting else 0
     each = len(plan.depths) * plan.samples
-    total, done, rows = sum(1 if task == PERPLEXITY else each for task, _, _ in steps), 0, []
+    total, done, rows = sum(windows if task == PERPLEXITY else each for task, _, _ in steps), 0, []
     with progress("evaluating", total, "prompts") as advance:
 
         def one() -> None:
@@ -90,25 +93,15 @@ def measure(checkpoint: Checkpoint, plan: Plan) -> list[Row]:
             advance(done, total)
 
         for task, length, attention in steps:
-            found = figure(checkpoint, plan, task, length, attention, ids, corpus, arranged, one)
-            if found:
-                rows.append(Row(task, length, attention, tokens_read(checkpoint.model, attention, length), *found))
+            if task == PERPLEXITY:
+                settings = {"longest": max(fitting), "scored": min(fitting) - 1, "done": one}
+                found = perplexity(checkpoint.model, ids, length, attention, windows, **settings), []
+            else:
+                where = (arranged, corpus, task, length, attention, plan.depths, plan.samples, plan.seed, one)
+                trials = ask_tasks(checkpoint.model, *where)
+                found = share(trials), trials
+            rows.append(Row(task, length, attention, tokens_read(checkpoint.model, attention, length), *found))
     return rows
-
-
-def figure(checkpoint, plan: Plan, task: str, length: int, attention: str, ids, corpus, arranged, one):
-    """The measure and its trials; None where the texts are too short for a perplexity."""
-    from nsa_models.evaluate import ask_tasks, perplexity, share
-
-    if task != PERPLEXITY:
-        trials = ask_tasks(
-            checkpoint.model, arranged, corpus, task, length, attention, plan.depths, plan.samples, plan.seed, one
-        )
-        return share(trials), trials
-    one()
-    if len(ids) < length:
-        return None
-    return perplexity(checkpoint.model, ids, length, attention, plan.samples), []
 
 
 def texts(names: Sequence[str]) -> list:

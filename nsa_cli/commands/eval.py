@@ -67,7 +67,8 @@ TASKS = ("perplexity", "needle", "keys", "values", "queries", "variables", "defi
 def command(checkpoint: Checkpoint, as_json: bool, heat_map: Path | None, depths: int, **settings) -> None:
     """Measure how well a model reads.
 
-    Perplexity is that of the texts' first tokens, one after another. A task is a question about the text whose answer
+    Perplexity is that of the same tokens at every length, with more and more text before them: the last of windows of
+    the longest length, as many as the shortest length has. A task is a question about the text whose answer
     is known: needle (one planted number), keys, values, queries (several), variables (a chain of them), defines and
     takes (Python functions), absent (nothing to find). An answer is right if it holds every fact. In brackets stands
     the 95 % confidence interval. h2o, quest and streaming read as many tokens a step as NSA does.

@@ -76,9 +76,23 @@ def test_perplexity_is_that_of_the_logits(tiny_checkpoint, text):
     loss = torch.nn.functional.cross_entropy(logits(ids[:200])[:-1], torch.tensor(ids[1:200]))
     got = perplexity(model, ids, 200, "nsa")
     assert math.isclose(got.value, math.exp(loss), rel_tol=1e-4) and got.low < got.value < got.high
-    two = perplexity(model, ids, 200, "nsa", windows=5)
+    two = perplexity(model, ids, 200, "nsa", 5)
     second = torch.nn.functional.cross_entropy(logits(ids[200:400])[:-1], torch.tensor(ids[201:400]))
     assert two.samples == 2 and math.isclose(two.value, math.exp((loss + second) / 2), rel_tol=1e-4)
+
+
+def test_perplexity_by_length_is_of_the_same_tokens(tiny_checkpoint, text):
+    """The last 79 tokens of each window, after 121 others and after one."""
+    model, tokenizer = load_model(tiny_checkpoint, "cpu", torch.float32), load_tokenizer(tiny_checkpoint)
+    ids = tokenizer.encode((text / "part0.py").read_text())[:400]
+    for length in (200, 80):
+        losses = []
+        for end in (200, 400):
+            read = torch.tensor(ids[end - length : end])
+            logits = model.logits(model.advance(read, Cache.for_model(model, length)))
+            losses.append(torch.nn.functional.cross_entropy(logits[-80:-1], read[-79:]))
+        got = perplexity(model, ids, length, "nsa", 2, longest=200, scored=79)
+        assert math.isclose(got.value, math.exp(sum(losses) / 2), rel_tol=1e-4) and got.samples == 2
 
 
 def test_the_tiny_model_reads_alike_where_all_is_read(tiny_checkpoint, text):
