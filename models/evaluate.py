@@ -4,6 +4,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -12,13 +13,15 @@ from torch import Tensor
 from nsa_models.cache import Cache
 from nsa_models.comparators import COMPARATORS
 from nsa_models.errors import InputError
+from nsa_models.tokenizer import Tokenizer
 from nsa_models.training.data import Corpus, Layout, make_task
-from nsa_models.training.tasks import Task, Unsuitable, is_right
+from nsa_models.training.tasks import Task, Unsuitable, is_right, short_tasks
 from nsa_models.transformer import NSAModel
 
 ATTENTIONS = ("full", "nsa", *COMPARATORS)
 CHUNK = 1024  # tokens read at once
 NORMAL = 1.96  # 95 %
+SHORT_REPLY = 40  # tokens, at most, of a reply to a short question
 BLOCK = 64  # tokens whose mean loss is one observation: losses of neighbours depend on one another
 
 
@@ -120,9 +123,8 @@ class Trial:
     """One task that was asked, and whether the reply was right."""
 
     task: Task
-    length: int
     tokens: int  # of the prompt
-    depth: float  # asked for
+    depth: float | None  # asked for
     reply: str
     right: bool
 
@@ -147,18 +149,32 @@ def ask_tasks(
     for depth in depths:
         for i in range(samples):
             rng = random.Random(f"{seed}/{kind}/{length}/{depth}/{i}")
-            try:
+            with suppress(Unsuitable):
                 task = make_task(rng, kind, corpus, layout, length, depth)
-            except Unsuitable:
-                done()
-                continue
-            prompt, answer = layout.asked(task)
-            most = len(answer) + 16  # room for other words around the facts
-            reader = Reader(model, attention, len(prompt) + most)
-            reply = layout.tokenizer.decode(reader.generate(prompt, most, layout.tokenizer.eos_ids))
-            trials.append(Trial(task, length, len(prompt), depth, reply, is_right(task, reply)))
+                prompt, answer = layout.asked(task)
+                most = len(answer) + 16  # room for other words around the facts
+                trials.append(_ask(model, layout.tokenizer, task, prompt, most, attention, depth))
             done()
     return trials
+
+
+def ask_short(
+    model: NSAModel, tokenizer: Tokenizer, attention: str, done: Callable[[], None] = lambda: None
+) -> list[Trial]:
+    """Every short question, asked as a chat does."""
+    trials = []
+    for task in short_tasks():
+        before, _, close = tokenizer.prompt("")
+        prompt = [*before, *tokenizer.encode(task.question), *close]
+        trials.append(_ask(model, tokenizer, task, prompt, SHORT_REPLY, attention, None))
+        done()
+    return trials
+
+
+def _ask(model, tokenizer, task: Task, prompt: list[int], most: int, attention: str, depth: float | None) -> Trial:
+    reader = Reader(model, attention, len(prompt) + most)
+    reply = tokenizer.decode(reader.generate(prompt, most, tokenizer.eos_ids))
+    return Trial(task, len(prompt), depth, reply, is_right(task, reply))
 
 
 def share(trials: Sequence[Trial]) -> Measure:

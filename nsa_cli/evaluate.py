@@ -1,18 +1,20 @@
 """What `nsa eval` measures and how it is shown. Imports torch late."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from nsa_cli.checkpoint import Checkpoint
 from nsa_cli.output import progress, warn
 
 if TYPE_CHECKING:
     from nsa_models.evaluate import Measure, Trial
+    from nsa_models.training.data import Corpus
 
 SCHEMA_VERSION = 1
-PERPLEXITY = "perplexity"
+PERPLEXITY, SHORT = "perplexity", "short"  # not tasks over the texts
 
 
 @dataclass(frozen=True)
@@ -66,25 +68,26 @@ class Row:
         }
 
 
+class Step(NamedTuple):
+    """What makes a row. `prompts`: how often `measure` calls what it is given, for progress."""
+
+    task: str
+    length: int
+    attention: str
+    prompts: int
+    measure: "Callable[[Callable[[], None]], tuple[Measure, list[Trial]]]"
+
+
 def measure(checkpoint: Checkpoint, plan: Plan) -> list[Row]:
     """Every task at every length, the attentions one after the other on the same prompts."""
-    from nsa_cli.train import layout
-    from nsa_models.evaluate import ask_tasks, perplexity, share, tokens_read
+    from nsa_models.evaluate import tokens_read
     from nsa_models.training.data import Corpus
 
-    corpus = Corpus(texts(plan.texts))
-    arranged = layout(checkpoint.tokenizer)
+    corpus = Corpus(texts(plan.texts)) if set(plan.tasks) - {SHORT} else Corpus([])
     check_length(checkpoint, max(plan.lengths))
-    ids = checkpoint.tokenizer.encode("".join(d.text for d in corpus.documents)) if PERPLEXITY in plan.tasks else []
-    if ids and len(ids) < max(plan.lengths):
-        warn(f"the texts have {len(ids):,} tokens: no perplexity beyond")
-    fitting = [n for n in plan.lengths if n <= len(ids)]
-    steps = [
-        (t, n, a) for t in plan.tasks for n in (fitting if t == PERPLEXITY else plan.lengths) for a in plan.attentions
-    ]
-    windows = min(plan.samples, len(ids) // max(fitting)) if fitting else 0
-    each = len(plan.depths) * plan.samples
-    total, done, rows = sum(windows if task == PERPLEXITY else each for task, _, _ in steps), 0, []
+    makers = {SHORT: short_steps, PERPLEXITY: perplexity_steps}
+    steps = [step for task in plan.tasks for step in makers.get(task, task_steps)(checkpoint, plan, corpus, task)]
+    total, done, rows = sum(step.prompts for step in steps), 0, []
     with progress("evaluating", total, "prompts") as advance:
 
         def one() -> None:
@@ -92,16 +95,61 @@ def measure(checkpoint: Checkpoint, plan: Plan) -> list[Row]:
             done += 1
             advance(done, total)
 
-        for task, length, attention in steps:
-            if task == PERPLEXITY:
-                settings = {"longest": max(fitting), "scored": min(fitting) - 1, "done": one}
-                found = perplexity(checkpoint.model, ids, length, attention, windows, **settings), []
-            else:
-                where = (arranged, corpus, task, length, attention, plan.depths, plan.samples, plan.seed, one)
-                trials = ask_tasks(checkpoint.model, *where)
-                found = share(trials), trials
-            rows.append(Row(task, length, attention, tokens_read(checkpoint.model, attention, length), *found))
+        for step in steps:
+            read = tokens_read(checkpoint.model, step.attention, step.length)
+            rows.append(Row(step.task, step.length, step.attention, read, *step.measure(one)))
     return rows
+
+
+def perplexity_steps(checkpoint: Checkpoint, plan: Plan, corpus: "Corpus", task: str) -> Iterator[Step]:
+    """Of the lengths that the texts have."""
+    from nsa_models.evaluate import perplexity
+
+    ids = checkpoint.tokenizer.encode("".join(d.text for d in corpus.documents))
+    lengths = [n for n in plan.lengths if n <= len(ids)]
+    if len(lengths) < len(plan.lengths):
+        warn(f"the texts have {len(ids):,} tokens: no perplexity beyond")
+    if not lengths:
+        return
+    longest, scored = max(lengths), min(lengths) - 1
+    for n, attention in product(lengths, plan.attentions):
+
+        def value(one, n=n, attention=attention):
+            where = (checkpoint.model, ids, n, attention, plan.samples)
+            return perplexity(*where, longest=longest, scored=scored, done=one), []
+
+        yield Step(task, n, attention, min(plan.samples, len(ids) // longest), value)
+
+
+def short_steps(checkpoint: Checkpoint, plan: Plan, corpus: "Corpus", task: str) -> Iterator[Step]:
+    """Short questions have the lengths that they have."""
+    from nsa_models.evaluate import SHORT_REPLY, ask_short, share
+    from nsa_models.training.tasks import short_tasks
+
+    questions = short_tasks()
+    for attention in plan.attentions:
+
+        def value(one, attention=attention):
+            trials = ask_short(checkpoint.model, checkpoint.tokenizer, attention, one)
+            return share(trials), trials
+
+        longest = max(len(checkpoint.tokenizer.encode(task.question)) for task in questions)
+        yield Step(task, longest + SHORT_REPLY, attention, len(questions), value)
+
+
+def task_steps(checkpoint: Checkpoint, plan: Plan, corpus: "Corpus", task: str) -> Iterator[Step]:
+    from nsa_cli.train import layout
+    from nsa_models.evaluate import ask_tasks, share
+
+    arranged = layout(checkpoint.tokenizer)
+    for n, attention in product(plan.lengths, plan.attentions):
+
+        def value(one, n=n, attention=attention):
+            where = (arranged, corpus, task, n, attention, plan.depths, plan.samples, plan.seed, one)
+            trials = ask_tasks(checkpoint.model, *where)
+            return share(trials), trials
+
+        yield Step(task, n, attention, len(plan.depths) * plan.samples, value)
 
 
 def texts(names: Sequence[str]) -> list:

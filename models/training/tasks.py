@@ -4,11 +4,13 @@ Each maker takes documents that fill a context, plants what is asked for or find
 haystack tasks follow RULER (arXiv 2404.06654): one needle, many keys, values and queries, variable tracking.
 """
 
+import json
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import resources
 
 ABSENT = "That is not in the text."
 PLANTED = 40  # tokens, at most, of one planted line
@@ -114,6 +116,16 @@ def absent(rng: random.Random, documents: Sequence[Text], depth: float | None = 
 KINDS: dict[str, Maker] = {
     maker.__name__: maker for maker in (needle, keys, values, queries, variables, defines, takes, absent)
 }
+
+
+def short_tasks() -> list[Task]:
+    """Fifty short questions about no text, whose answers hold exact facts: what a model must not unlearn."""
+    file = resources.files("nsa_models") / "training" / "short.jsonl"
+    values = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    return [
+        Task("short", (), value["question"], ", ".join(value["facts"]), tuple(value["facts"]), 0.0, f"short.jsonl:{i}")
+        for i, value in enumerate(values, 1)
+    ]
 
 
 def is_right(task: Task, reply: str) -> bool:

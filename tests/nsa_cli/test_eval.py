@@ -9,7 +9,7 @@ import torch
 
 from nsa_models import Cache, load_model, load_tokenizer
 from nsa_models.evaluate import perplexity, share
-from nsa_models.training.tasks import Task
+from nsa_models.training.tasks import Task, is_right, short_tasks
 
 ALL = [part for name in ("full", "nsa", "h2o", "quest", "streaming") for part in ("--attention", name)]
 
@@ -66,6 +66,20 @@ def test_json_has_every_reply_and_a_map_is_drawn(nsa, text, tmp_path):
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_short_questions_need_no_text(nsa):
+    run = nsa("eval", "--task", "short", "--text", "nowhere", "--attention", "nsa", "--json")
+    assert run.code == 0, run.err
+    (result,) = json.loads(run.out)["results"]
+    assert result["samples"] == 50 and result["value"] == 0 and result["trials"][0]["answer"] == "Paris"
+    assert all(t["reply"] and t["tokens"] < 200 for t in result["trials"])
+
+
+def test_short_questions_are_judged_by_their_facts():
+    tasks = short_tasks()
+    assert len({task.question for task in tasks}) == 50
+    assert all(task.facts and is_right(task, task.answer) and not is_right(task, "I do not know.") for task in tasks)
+
+
 def test_perplexity_is_that_of_the_logits(tiny_checkpoint, text):
     model, tokenizer = load_model(tiny_checkpoint, "cpu", torch.float32), load_tokenizer(tiny_checkpoint)
     ids = tokenizer.encode((text / "part0.py").read_text())[:400]
@@ -108,7 +122,7 @@ def test_wilsons_interval():
     from nsa_models.evaluate import Trial
 
     task = Task("needle", (), "", "", (), 0.0, "")
-    trials = [Trial(task, 1, 1, 0.5, "", i > 0) for i in range(10)]
+    trials = [Trial(task, 1, 0.5, "", i > 0) for i in range(10)]
     got = share(trials)
     assert got.value == 0.9 and abs(got.low - 0.5958) < 1e-3 and abs(got.high - 0.9821) < 1e-3
     assert share([]).samples == 0
@@ -121,6 +135,7 @@ def test_wilsons_interval():
         (["--text", "nowhere"], 3, "no such file or directory: nowhere"),
         (["--task", "neddle"], 2, "neddle"),
         (["--attention", "h20"], 2, "h20"),
+        (["--task", "perplexity", "--heat-map", "map.png"], 2, "--heat-map needs a --task with depths"),
     ],
 )
 def test_mistakes(nsa, text, arguments, code, words):
