@@ -90,14 +90,13 @@ def path_texts(path: str) -> list:
     """The documents of a file or folder as every command reads them, or of a .jsonl of documents."""
     from nsa_cli.documents import ReadOptions, read_documents
     from nsa_models.training.data import read_corpus
-    from nsa_models.training.tasks import Text
 
     if path.endswith(".jsonl"):
         return read_corpus(Path(path))
     documents, skips = read_documents([path], ReadOptions())
     if skips:
         say(f"nsa: {path}: {len(skips)} files are no text and were not read", VERBOSE)
-    return [Text(d.path, d.text if d.text.endswith("\n") else d.text + "\n") for d in documents]
+    return [d if d.text.endswith("\n") else replace(d, text=d.text + "\n") for d in documents]
 
 
 def layout(tokenizer: "Tokenizer") -> "Layout":

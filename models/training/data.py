@@ -14,10 +14,12 @@ from itertools import accumulate
 from pathlib import Path
 
 from nsa_models.errors import InputError
+from nsa_models.text import Text
 from nsa_models.tokenizer import Tokenizer
 from nsa_models.training.batch import Batch, Example, pack
 from nsa_models.training.config import TrainConfig
-from nsa_models.training.tasks import KINDS, PLANTED, Task, Text, Unsuitable
+from nsa_models.training.kinds import KINDS
+from nsa_models.training.tasks import PLANTED, Task, Unsuitable
 
 SHORTEST = 64  # tokens: what is left of a batch below this stays empty
 
@@ -109,7 +111,10 @@ def make_task(
     characters, state = 4.0 * length, rng.getstate()
     for _ in range(8):
         rng.setstate(state)  # the same passage, only shorter
-        task = KINDS[kind](rng, corpus.passage(rng, max(int(characters), 1)), depth)
+        passage = corpus.passage(rng, max(int(characters), 1))
+        if not passage:
+            break  # so short that it is blank
+        task = KINDS[kind](rng, passage, depth)
         tokens = sum(map(len, layout.asked(task)))
         if tokens <= length:
             return task

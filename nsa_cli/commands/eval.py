@@ -9,9 +9,10 @@ from nsa_cli.checkpoint import Checkpoint
 from nsa_cli.commands.bench import parse_lengths
 from nsa_cli.commands.options import checkpoint_options, json_option, verbosity_options
 from nsa_cli.output import emit
+from nsa_models.training.kinds import KINDS
 
 ATTENTIONS = ("full", "nsa", "h2o", "quest", "streaming")
-TASKS = ("perplexity", "needle", "keys", "values", "queries", "variables", "defines", "takes", "absent", "short")
+TASKS = ("perplexity", *KINDS, "short")
 
 
 @click.command("eval")
@@ -69,10 +70,10 @@ def command(checkpoint: Checkpoint, as_json: bool, heat_map: Path | None, depths
 
     Perplexity is that of the same tokens at every length, with more and more text before them: the last of windows of
     the longest length, as many as the shortest length has. A task is a question about the text whose answer is known:
-    needle (one planted number), keys, values, queries (several), variables (a chain of them), defines and takes
-    (Python functions), absent (nothing to find); short is fifty questions about no text. An answer is right if it
-    holds every fact. In brackets stands the 95 % confidence interval. h2o, quest and streaming read as many tokens a
-    step as NSA does.
+    needle (one planted number), keys, values, queries (several), variables (a chain of them), absent (nothing to find);
+    defines, takes, returns, raises (Python functions), summary (the sentence that sums up), chapter (the heading above
+    a line), field (an entry). short is fifty questions about no text. An answer is right if it holds every fact. In
+    brackets stands the 95 % confidence interval. h2o, quest and streaming read as many tokens a step as NSA does.
 
     \b
     Examples:
