@@ -23,7 +23,8 @@ TASKS = ("perplexity", *KINDS, "short")
     multiple=True,
     default=("perplexity", "needle"),
     show_default=True,
-    help="What to measure; repeatable.",
+    metavar="TASK",
+    help="What to measure, see above; repeatable.",
 )
 @click.option(
     "--lengths",
