@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,29 @@ def test_a_delta_is_what_changed(run_folder, tiny_checkpoint, nsa):
         torch.testing.assert_close(merged[name], got[name], rtol=1e-2, atol=1e-2)  # the delta is bfloat16
 
 
+def test_the_shipped_delta_in_slices(run_folder, tiny_checkpoint, nsa):
+    """`nsa train delta` as it is, but for a tiny model, texts of the test and a 128th of its lengths, a step each."""
+    from nsa_models import load_model
+    from nsa_models.training.student import float_weights
+
+    shipped = yaml.safe_load((files("nsa_models") / "training" / "configs" / "delta.yaml").read_text("utf-8"))
+    for stage in shipped["curriculum"]:
+        stage |= {name: stage[name] // 128 for name in ("length", "batch_tokens") if name in stage} | {"steps": 1}
+    shipped["data"]["texts"] = [{"path": str(run_folder / "texts")}]
+    shipped |= {"model": str(tiny_checkpoint), "out": str(run_folder / "run")}
+    (run_folder / "run.yaml").write_text(yaml.safe_dump(shipped))
+    for step in (1, 2, 3):
+        slice_ = nsa("train", run_folder / "run.yaml", "--minutes", 1e-9)
+        assert slice_.code == 0 and f"stopped after step {step} of 4" in slice_.err
+    assert nsa("train", run_folder / "run.yaml", "--minutes", 9).code == 0
+    assert [r["length"] for r in metrics(run_folder)] == [32, 128, 256, 1024]
+    start, got = float_weights(load_model(tiny_checkpoint, "cpu", torch.float32)), outcome(run_folder)
+    changed = {name for name in start if not torch.equal(start[name], got[name])}
+    assert any("q_proj" in name for name in changed) and not any("g_proj" in name for name in changed)
+    assert (run_folder / "run" / "delta.safetensors").is_file()
+    assert nsa("models", "check", run_folder / "run" / "checkpoint").code == 0
+
+
 def test_a_new_model(run_folder, tiny_checkpoint, nsa):
     shape = dict(hidden_size=16, num_hidden_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=24)
     config(run_folder, tiny_checkpoint, model=None, fresh=shape, tokenizer=str(tiny_checkpoint))
@@ -264,4 +288,9 @@ def test_two_processes_train_one_model(run_folder, tiny_checkpoint):
 def test_sources_are_listed_with_their_licences(nsa):
     run = nsa("train", "--sources")
     assert run.code == 0
-    assert "psutil" in run.out and "BSD-3-Clause  held out" in run.out and "config gates" in run.out
+    assert (
+        "psutil" in run.out
+        and "BSD-3-Clause  held out" in run.out
+        and "config gates\n" in run.out
+        and "config delta\n" in run.out
+    )
