@@ -13,23 +13,8 @@ from nsa_models.linear import Linear
 from nsa_models.quantize import quantize
 from nsa_models.step import Step
 from nsa_models.transformer import NSAModel, parameter_shapes
+from tests.models.tiny import CONFIG, random_model
 
-CONFIG = NSAConfig(
-    vocab_size=97,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=8,
-    intermediate_size=48,
-    max_position_embeddings=1024,
-    gate_bias=True,
-    compress_block=8,
-    compress_stride=4,
-    select_block=16,
-    select_count=4,
-    window=32,
-)
 CONFIGS = {
     "mean": CONFIG,
     "tied-biased": replace(CONFIG, tie_word_embeddings=True, qkv_bias=True, gate_bias=False),
@@ -40,16 +25,6 @@ CONFIGS = {
     "wide-v": replace(CONFIG, v_head_dim=12),
     "yarn": replace(CONFIG, rope_scaling=RopeScaling(8.0, 64)),
 }
-
-
-def random_model(config: NSAConfig, dtype: torch.dtype = torch.float32) -> NSAModel:
-    model = NSAModel(config, dtype=dtype)
-    generator = torch.Generator().manual_seed(0)
-    for name, p in model.named_parameters():
-        p.normal_(0, 0.3, generator=generator)
-        if "norm" in name:
-            p.add_(1)
-    return model
 
 
 def random_ids(n: int) -> torch.Tensor:
