@@ -83,8 +83,8 @@ def measure(checkpoint: Checkpoint, plan: Plan) -> list[Row]:
     from nsa_models.evaluate import tokens_read
     from nsa_models.training.data import Corpus
 
+    check_lengths(checkpoint, plan.lengths)
     corpus = Corpus(texts(plan.texts)) if set(plan.tasks) - {SHORT} else Corpus([])
-    check_length(checkpoint, max(plan.lengths))
     makers = {SHORT: short_steps, PERPLEXITY: perplexity_steps}
     steps = [step for task in plan.tasks for step in makers.get(task, task_steps)(checkpoint, plan, corpus, task)]
     total, done, rows = sum(step.prompts for step in steps), 0, []
@@ -155,17 +155,23 @@ def task_steps(checkpoint: Checkpoint, plan: Plan, corpus: "Corpus", task: str) 
 def texts(names: Sequence[str]) -> list:
     """Documents of sources and of paths, in the order of the names."""
     from nsa_cli.train import path_texts, source_texts
+    from nsa_models.errors import InputError
     from nsa_models.training.sources import SOURCES
 
-    return [text for name in names for text in (source_texts(name) if name in SOURCES else path_texts(name))]
+    found = [text for name in names for text in (source_texts(name) if name in SOURCES else path_texts(name))]
+    if not found:
+        raise InputError(f"{', '.join(names)}: no text to read")
+    return found
 
 
-def check_length(checkpoint: Checkpoint, length: int) -> None:
-    from nsa_models.errors import BudgetError
+def check_lengths(checkpoint: Checkpoint, lengths: Sequence[int]) -> None:
+    from nsa_models.errors import BudgetError, InputError
 
     limit = checkpoint.config.max_position_embeddings
-    if length > limit:
-        raise BudgetError(f"{length:,} tokens are more than the {limit:,} that {checkpoint.name} is made for")
+    if max(lengths) > limit:
+        raise BudgetError(f"{max(lengths):,} tokens are more than the {limit:,} that {checkpoint.name} is made for")
+    if min(lengths) < 2:
+        raise InputError(f"nothing can be measured at {min(lengths)} tokens; --lengths begins at 2")
 
 
 def table(rows: Sequence[Row]) -> str:

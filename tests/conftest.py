@@ -33,6 +33,17 @@ def no_settings(tmp_path_factory) -> None:
     os.environ.pop("NSA_LOG", None)
 
 
+@pytest.fixture
+def one_thread():
+    """Operations of tiny models are slower on two, the more so beside other programs."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> bytes:
     """A byte-level BPE `tokenizer.json` of a few hundred tokens with ChatML's control tokens."""

@@ -123,7 +123,7 @@ def make_task(
 
 
 def read_corpus(file: Path) -> list[Text]:
-    """The documents of a .jsonl file, {"path": ..., "text": ...} a line. Raises InputError."""
+    """The documents of a .jsonl file, {"path": ..., "text": ...} a line, less blank ones. Raises InputError."""
     try:
         lines = file.read_text("utf-8").splitlines()
     except OSError as error:
@@ -137,7 +137,7 @@ def read_corpus(file: Path) -> list[Text]:
             found.append(Text(str(value["path"]), str(value["text"])))
         except (json.JSONDecodeError, KeyError, TypeError):
             raise InputError(f'{file}:{number}: not a document, {{"path": ..., "text": ...}}') from None
-    return found
+    return [text for text in found if text.text.strip()]
 
 
 def digest(corpora: Iterable[tuple[Corpus, float]]) -> str:

@@ -15,6 +15,8 @@ from nsa_models.step import Step
 from nsa_models.transformer import NSAModel, parameter_shapes
 from tests.models.tiny import CONFIG, random_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIGS = {
     "mean": CONFIG,
     "tied-biased": replace(CONFIG, tie_word_embeddings=True, qkv_bias=True, gate_bias=False),
@@ -29,15 +31,6 @@ CONFIGS = {
 
 def random_ids(n: int) -> torch.Tensor:
     return torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Of operations this small, two threads take longer than one; see test_two_threads_compute_the_same."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=CONFIGS.values(), ids=CONFIGS)

@@ -11,16 +11,9 @@ from nsa_models import Cache, load_model, load_tokenizer
 from nsa_models.evaluate import perplexity, share
 from nsa_models.training.tasks import Task, is_right, short_tasks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALL = [part for name in ("full", "nsa", "h2o", "quest", "streaming") for part in ("--attention", name)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Operations this small are slower on two, the more so beside other programs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -133,6 +126,7 @@ def test_wilsons_interval():
     [
         (["--lengths", "64k"], 4, "64,000 tokens are more than the 32,768"),
         (["--text", "nowhere"], 3, "no such file or directory: nowhere"),
+        (["--lengths", "1,64"], 3, "--lengths begins at 2"),
         (["--task", "neddle"], 2, "neddle"),
         (["--attention", "h20"], 2, "h20"),
         (["--task", "perplexity", "--heat-map", "map.png"], 2, "--heat-map needs a --task with depths"),
@@ -141,6 +135,12 @@ def test_wilsons_interval():
 def test_mistakes(nsa, text, arguments, code, words):
     run = nsa("eval", "--text", text, *arguments)
     assert run.code == code and words in run.err and "Traceback" not in run.err
+
+
+def test_no_text_at_all(nsa, tmp_path):
+    (tmp_path / "blank.jsonl").write_text('{"path": "a", "text": " "}\n')
+    run = nsa("eval", "--text", tmp_path / "blank.jsonl")
+    assert run.code == 3 and "no text to read" in run.err and "Traceback" not in run.err
 
 
 def test_a_text_that_is_too_short(nsa, text):

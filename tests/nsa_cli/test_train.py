@@ -15,16 +15,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WORDS = ("the", "boat", "left", "harbour", "at", "dawn", "and", "keeper", "lit", "a", "lamp", "while", "rain", "fell")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Operations this small are slower on two, the more so beside other programs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -184,6 +177,7 @@ def test_a_new_model(run_folder, tiny_checkpoint, nsa):
         ({"curriculum": [{"steps": 1, "length": 99999}]}, "the model is made for 32,768"),
         ({"data": {"texts": []}}, "no data"),
         ({"data": {"texts": [{"path": "nowhere.txt"}]}}, "no such file or directory: nowhere.txt"),
+        ({"data": {"texts": [{"path": "/dev/null/x.jsonl"}]}}, "/dev/null/x.jsonl: Not a directory"),
         ({"data": {"texts": [{"source": "jinja2"}]}}, "jinja2 is held out for evaluation"),
         ({"data": {"texts": [{"source": "wikipedia"}]}}, "no source 'wikipedia'"),
         ({"model": "nowhere"}, "no checkpoint nowhere"),
