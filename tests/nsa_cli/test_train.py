@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+
+from nsa_models.training.config import read_train_config
+from nsa_models.training.kinds import KINDS
+from nsa_models.training.sources import SOURCES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -157,6 +162,14 @@ def test_the_shipped_delta_in_slices(run_folder, tiny_checkpoint, nsa):
     assert any("q_proj" in name for name in changed) and not any("g_proj" in name for name in changed)
     assert (run_folder / "run" / "delta.safetensors").is_file()
     assert nsa("models", "check", run_folder / "run" / "checkpoint").code == 0
+
+
+def test_the_readmes_config_is_one(tmp_path):
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    (block,) = re.findall(r"^```yaml\n(# run.yaml.*?)^```$", readme, re.M | re.S)
+    (tmp_path / "run.yaml").write_text(block)
+    plan = read_train_config(tmp_path / "run.yaml")
+    assert plan.steps == 300 and set(plan.data.tasks) <= set(KINDS) and plan.data.texts[0].source in SOURCES
 
 
 def test_a_new_model(run_folder, tiny_checkpoint, nsa):
