@@ -269,10 +269,10 @@ def test_interrupts_save_the_step_at_hand(run_folder, nsa, monkeypatch):
 
     advance = Trainer.advance
 
-    def interrupted(self):
+    def interrupted(self, batches):
         if self.step == 2:
             signal.raise_signal(signal.SIGINT)
-        return advance(self)
+        return advance(self, batches)
 
     monkeypatch.setattr(Trainer, "advance", interrupted)
     run = nsa("train", run_folder / "run.yaml")
