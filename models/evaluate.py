@@ -12,7 +12,9 @@ from torch import Tensor
 
 from nsa_models.cache import Cache
 from nsa_models.comparators import COMPARATORS
+from nsa_models.engine import decode
 from nsa_models.errors import InputError
+from nsa_models.sampling import Sampling
 from nsa_models.tokenizer import Tokenizer
 from nsa_models.training.data import Corpus, Layout, make_task
 from nsa_models.training.tasks import Task, Unsuitable, is_right, short_tasks
@@ -63,6 +65,9 @@ class Reader:
         """Read a prompt and answer it greedily with up to `most` tokens."""
         for hidden in self.read(ids):
             last = hidden[-1:]
+        if self.attention is None:  # one of the two that the engine itself computes, and faster
+            logits, sampling = self.model.logits(last)[0], Sampling(max_tokens=most)
+            return list(decode(self.model, self.cache, logits, sampling, eos_ids=ends, dense=self.dense))
         made: list[int] = []
         while len(made) < most:
             token = int(self.model.logits(last)[0].argmax())
