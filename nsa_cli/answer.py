@@ -235,15 +235,12 @@ def document_room(checkpoint: Checkpoint, question: str, request: Request) -> in
 
 def check_fit(checkpoint: Checkpoint, context: "Context", question: str, request: Request, capacity: int) -> None:
     """Refuse, before anything is allocated, what fits neither the model nor memory."""
-    import psutil
-
     from nsa_cli.context import check_budget
     from nsa_models.cost import estimate_memory
-    from nsa_models.formats import weights_bytes
 
     check_budget(len(context.ids), document_room(checkpoint, question, request), context.files)
-    weights = 0 if checkpoint.loaded else weights_bytes(checkpoint.directory)
-    available = psutil.virtual_memory().available + (request.held.nbytes if request.held else 0)
+    weights = 0 if checkpoint.loaded else checkpoint.weights_bytes()
+    available = checkpoint.free_memory() + (request.held.nbytes if request.held else 0)
     needed = estimate_memory(checkpoint.config, capacity, weights)
     if needed > available:
         fits = bisect_right(range(capacity), available, key=lambda n: estimate_memory(checkpoint.config, n, weights))

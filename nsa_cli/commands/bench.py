@@ -61,9 +61,8 @@ def command(context, lengths, decode_tokens, repeat, dense, dense_max, text, che
     if context.invoked_subcommand:
         return
     from nsa_models import load_tokenizer
-    from nsa_models.formats import weights_bytes
 
-    bench.check_lengths(checkpoint.config, lengths, decode_tokens, weights_bytes(checkpoint.directory))
+    bench.check_lengths(checkpoint.config, lengths, decode_tokens, checkpoint.weights_bytes(), checkpoint.free_memory())
     model, load_s = checkpoint.model, bench.seconds_since_start()
     texts = bench.library_sources() if text is None else [read_text(text)]
     ids = bench.token_ids(load_tokenizer(checkpoint.directory), texts, max(lengths))
