@@ -336,14 +336,15 @@ class Choosers:
     def of(cls, chosen: Tensor, blocks: int) -> "Choosers":
         """chosen: (T, HKV, n) int32, -1 = none."""
         (T, HKV, n), device = chosen.shape, chosen.device
-        head = torch.arange(HKV, device=device)[None, :, None] * (blocks + 1)
-        bin = (
-            torch.where(chosen < 0, blocks, chosen).long() + head
-        )  # those that are none lie behind a head's last block
-        entries = (bin.transpose(0, 1).flatten().argsort(stable=True) % (T * n)).to(torch.int32)
-        counts = torch.bincount(bin.flatten(), minlength=HKV * (blocks + 1))
-        first = (counts.cumsum(0) - counts).view(HKV, -1)[:, :blocks]
-        counts = counts.view(HKV, -1)[:, :blocks]
+        bins = torch.arange(
+            HKV * (blocks + 1) + 1, device=device, dtype=torch.int32
+        )  # a head's last: those that are none
+        bin = torch.where(chosen < 0, blocks, chosen) + bins[: -1 : blocks + 1, None]
+        bin, order = bin.transpose(0, 1).flatten().sort(stable=True)
+        entries = (order % (T * n)).to(torch.int32)
+        bounds = torch.searchsorted(bin, bins)  # bincount would wait for the device, to know its own length
+        first = bounds[:-1].view(HKV, -1)[:, :blocks]
+        counts = bounds.diff().view(HKV, -1)[:, :blocks]
         size = max(64, -(-T * n // blocks))  # choices of a piece
         stops = (-(-counts // size)).cumsum(1)
         starts = torch.cat([torch.zeros_like(stops[:, :1]), stops], 1)
