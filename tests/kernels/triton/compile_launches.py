@@ -147,6 +147,7 @@ def append_cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
 def gpu_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     from nsa_kernels import gpu, selected
+    from nsa_kernels.packing import Packing
     from nsa_kernels.variant import Variant
 
     def tensor(*shape, dtype=torch.bfloat16):
@@ -157,10 +158,11 @@ def gpu_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         pieces, starts = tensor(HKV, 2 * blocks, 3, dtype=long), tensor(HKV, blocks + 1, dtype=long)
         return selected.Choosers(tensor(chosen.numel(), dtype=torch.int32), pieces, starts)
 
-    def run(HQ, HKV, D, Dv, variant, T=8192):
-        NC = variant.compressed_count(T)
+    def run(HQ, HKV, D, Dv, variant, T=8192, sequences=None):
+        packing = sequences and Packing(torch.empty(sequences + 1, device="meta", dtype=torch.int32), T, variant)
+        NC = packing.keys if packing else variant.compressed_count(T)
         q, k, v, gates = tensor(T, HQ, D), tensor(T, HKV, D), tensor(T, HKV, Dv), tensor(T, HQ, 3)
-        o, _ = gpu.nsa_attention(q, k, v, tensor(NC, HKV, D), tensor(NC, HKV, Dv), gates, variant)
+        o, _ = gpu.nsa_attention(q, k, v, tensor(NC, HKV, D), tensor(NC, HKV, Dv), gates, variant, packing=packing)
         o.backward(torch.empty_like(o))
 
     selected.Choosers.of = staticmethod(choosers)
@@ -169,6 +171,8 @@ def gpu_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "D192/128 G16", lambda: run(64, 4, 192, 128, Variant())
     streamed = Variant(16, 16, 16, 16, 0, 1, 128, topk="streamed", topk_chunk=16)
     yield "D64 G16 blocks of 16", lambda: run(32, 2, 64, 64, streamed)
+    yield "D64 G3 packed", lambda: run(9, 3, 64, 64, Variant(), sequences=5)
+    yield "D64 G16 packed", lambda: run(32, 2, 64, 64, Variant(), sequences=5)
 
 
 def main(suite: str, target: str, only: str = "") -> None:

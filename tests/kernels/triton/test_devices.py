@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nsa_kernels import Packing, Variant
 from nsa_models import Cache, NSAConfig, prefill
 from nsa_models.retrieval import RetrievalMass
 from nsa_models.transformer import NSAModel
@@ -56,6 +57,8 @@ class Methods(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             x, index, *value = args
+            if isinstance(index, torch.Tensor):
+                return torch.ops.aten.index(x, [index])
             like = torch.empty_strided(x.shape, x.stride(), device="meta")[index]
             part = x.as_strided(like.shape, like.stride(), x.storage_offset() + like.storage_offset())
             return torch.ops.aten.copy_(part, *value) if value else part
@@ -127,6 +130,24 @@ def test_a_step_can_be_captured(launches: list[str], config: NSAConfig, dense: b
             for a, b in zip(tree_leaves(buffers), [*cache.buffers.values(), step.token, step.length], strict=True)
         )
     assert {"_append", "_compress_newest", "_stream_part"} <= set(launches)
+
+
+@pytest.mark.parametrize("heads", [6, 32])
+def test_a_packed_batch_waits_for_nothing(launches: list[str], heads: int) -> None:
+    """Nobody asks the device how long its sequences are."""
+    from nsa_kernels import gpu, selected
+
+    T, variant = 3000, Variant()
+    with fake_gpu():
+        q, k, v, gates = (torch.empty(T, h, d, device="cuda") for h, d in ((heads, 16), (2, 16), (2, 16), (heads, 3)))
+        bounds = torch.empty(4, device="cuda", dtype=torch.int32)
+        with OnDevice():
+            packing = Packing(bounds, T, variant)
+            compressed = [gpu.compress(x, variant, packing=packing) for x in (k, v)]
+            o, chosen = gpu.nsa_attention(q, k, v, *compressed, gates, variant, packing=packing)
+            call = selected._Call(q, k, v, chosen, 64, 0, 1.0, packing)
+            call.key_gradients(o, torch.empty(2, T, heads // 2, device="cuda"), q)
+    assert launches.count("_select") == 1 and launches.count("_sum_pieces") == 2
 
 
 @pytest.mark.parametrize("heads", [6, 32])
