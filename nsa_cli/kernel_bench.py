@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 BACKENDS = {"sdpa_flash": "FLASH_ATTENTION", "sdpa_cudnn": "CUDNN_ATTENTION", "sdpa_efficient": "EFFICIENT_ATTENTION"}
 SECONDS, RUNS = 0.5, (3, 25)  # a median is taken of as many runs as fit, within these bounds
 FLUSH = 2**28  # bytes written before each run: more than any GPU's L2 cache, which may hold a decode step's keys
+WRITES = 12  # of those bytes, 1 ms at 3 TB/s: longer than the host takes to launch what is timed, some ten kernels
 
 
 class Timer:
@@ -162,7 +163,8 @@ class Timer:
             call()
             return time.perf_counter() - start
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush.zero_()  # while it is written, the host gets ahead of the device
+        for _ in range(WRITES):  # while they are written, the host gets ahead of the device
+            self.flush.zero_()
         begin.record()
         call()
         end.record()

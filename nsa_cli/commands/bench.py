@@ -5,6 +5,7 @@ import json
 import click
 
 from nsa_cli import bench
+from nsa_cli.commands.bench_goals import command as goals
 from nsa_cli.commands.bench_kernels import command as kernels
 from nsa_cli.commands.options import checkpoint_options, json_option, verbosity_options
 from nsa_cli.output import progress
@@ -102,3 +103,4 @@ def read_text(path: str) -> str:
 
 
 command.add_command(kernels)
+command.add_command(goals)

@@ -2,11 +2,13 @@
 
 import json
 import os
+import time
 
 import click
 
 from nsa_cli.commands.options import verbosity_options
 from nsa_cli.kernel_cases import Case, Shape, cases
+from nsa_cli.kernel_goals import PARTS, part_cases
 from nsa_cli.units import parse_quantity
 from nsa_kernels import Variant
 from nsa_models.errors import CheckError, NSAError
@@ -55,6 +57,10 @@ def parse_variant(context: click.Context, parameter: click.Parameter, value: str
     "--variant", default="32,16,64,16,512", show_default=True, callback=parse_variant, metavar="L,D,S,N,W",
     help="Compression block and stride, selection block and count, window.",
 )  # fmt: skip
+@click.option(
+    "--part", type=click.Choice([*PARTS]), help="Cases that belong together, in place of --lengths, --shape, --batches."
+)
+@click.option("--minutes", type=click.FloatRange(0), help="Begin no case after that; it is recorded as skipped.")
 @click.option("--case", "wanted", multiple=True, help="Only cases whose name contains this; repeatable.")
 @click.option("--list", "only_list", is_flag=True, help="Print the names of the cases.")
 @click.option("--check", "only_check", is_flag=True, help="Compare with float64 only, without timing.")
@@ -63,7 +69,7 @@ def parse_variant(context: click.Context, parameter: click.Parameter, value: str
     help="The interpreter takes tiny sizes on a CPU; its times mean nothing.",
 )  # fmt: skip
 @verbosity_options
-def command(lengths, shapes, batches, variant, wanted, only_list, only_check, device) -> None:
+def command(lengths, shapes, batches, variant, part, minutes, wanted, only_list, only_check, device) -> None:
     """Check the attention kernels against float64, then time them beside PyTorch's attention and a dense Triton kernel.
 
     One JSON object per case on stdout, as soon as it is done: forward and backward of one sequence, decode steps of
@@ -73,10 +79,12 @@ def command(lengths, shapes, batches, variant, wanted, only_list, only_check, de
     \b
       nsa bench kernels --list
       nsa bench kernels --check --shape 64x4x128
+      nsa bench kernels --part forward --minutes 8 | tee gpu/forward.jsonl
       nsa bench kernels --case decode-b16-65536 --case forward-65536
       nsa bench kernels --device interpreter --lengths 100 --shape 6x2x32 --case forward-100
     """
-    every = [c for c in cases(lengths, shapes, batches) if device == "cuda" or not c.kind.startswith("overflow")]
+    every = part_cases(part, device != "cuda") if part else cases(lengths, shapes, batches)
+    every = [case for case in every if device == "cuda" or not case.kind.startswith("overflow")]
     chosen = [case for case in every if not wanted or any(part in case.name for part in wanted)]
     if not chosen:
         raise click.UsageError("no case has that in its name; --list shows them")
@@ -95,8 +103,11 @@ def command(lengths, shapes, batches, variant, wanted, only_list, only_check, de
     # The interpreter gets products of bfloat16 wrong.
     place, dtype = ("cuda", torch.bfloat16) if device == "cuda" else ("cpu", torch.float32)
     on = (torch.device(place), dtype, variant)
-    check, timer, failed = Check(*on), Timer(*on), []
+    check, timer, failed, start = Check(*on), Timer(*on), [], time.monotonic()
     for case in chosen:
+        if minutes is not None and time.monotonic() - start > 60 * minutes:
+            click.echo(json.dumps(about(case) | {"skipped": "out of time"} | machine(*on[:2])))
+            continue
         try:
             record = {"check": check.run(case)}
             if not only_check and not case.kind.startswith("overflow"):

@@ -1,14 +1,16 @@
 """`nsa bench kernels` in the interpreter: it runs to its end, its records are consistent, and its gate closes."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from nsa_cli.cli import run as nsa
 from nsa_cli.kernel_bench import keys_touched
-from nsa_cli.kernel_cases import Shape, cases, prefill_inputs
+from nsa_cli.kernel_cases import Case, Shape, cases, prefill_inputs
 from nsa_cli.kernel_check import Check, places
+from nsa_cli.kernel_goals import GOALS, PARTS, part_cases
 from nsa_kernels import Variant
 from nsa_models.errors import CheckError
 
@@ -160,3 +162,60 @@ def test_cases_are_listed_and_two_pass_offsets_of_31_bits(capsys) -> None:
     overflow = [name for name in capsys.readouterr().out.split() if name.startswith("overflow")]
     assert overflow == ["overflow-forward-263168-64x4x128", "overflow-backward-263168-64x4x128"]
     assert 263168 * 64 * 128 > 2**31
+
+
+def forward(tokens: int, **ms: float | None) -> dict:
+    case = Case("forward", tokens, Shape.parse("64x4x128"))
+    about = {"case": case.name, "gpu": "H100", "torch": "2", "triton": "3", "check": {}}
+    return about | {"ms": ms, "ms_per_query_head": ms["nsa"] / 64}
+
+
+def test_goals_are_read_off_the_records(capsys, tmp_path) -> None:
+    """The best dense attention of those there are; the later record counts; what failed or is not there says so."""
+    first, again = (
+        forward(65536, nsa=nsa, triton_dense=300.0, sdpa_flash=120.0, sdpa_cudnn=None) for nsa in (50.0, 20.0)
+    )
+    failed = forward(8192, nsa=1.0) | {"failed": "o is off"}
+    model = {"machine": {"device": "H100", "torch": "2", "dtype": "bfloat16"}, "tokens": 128_000, "dense": None}
+    model |= {"nsa": {"prefill": {"median": 80_000.0}, "decode": {"median": 450.4}}}
+    for name, records in (("a", [first]), ("b", [again, failed, model])):
+        (tmp_path / name).write_text("\n".join(json.dumps(record) for record in records) + "\n")
+    assert nsa(["bench", "goals", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    table, gpus, failure = capsys.readouterr().out.strip().split("\n\n")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert [row[2] for row in rows[:5]] == ["15.0x", "6.0x", "20.0 ms", "not measured", "failed"]
+    assert {row[2] for row in rows[5:-3]} == {"not measured"}
+    assert [row[2] for row in rows[-3:]] == ["1.60 s", "not measured", "450 tokens/s, missed"]
+    assert gpus == "H100, torch 2, triton 3; H100, torch 2" and failure == "forward-8192-64x4x128: o is off"
+
+
+def test_goals_are_those_of_the_benchmarks(capsys) -> None:
+    """Every row, whether measured or not, and every part is one that there is."""
+    assert nsa(["bench", "goals"]) == 0
+    page = (Path(__file__).parents[3] / "BENCHMARKS.md").read_text()
+    shown = [line.split("|") for line in page.splitlines()]
+    for line in capsys.readouterr().out.strip().splitlines():
+        what = line.split("|")
+        assert [1 for cells in shown if cells[:3] == what[:3] and cells[4:] == what[4:]], line
+    assert {goal.part for goal in GOALS} <= {*PARTS, "model"}
+
+
+def test_goals_of_what_is_no_record(capsys, tmp_path) -> None:
+    (tmp_path / "x").write_text('{"case": "a", "gpu": "b", "torch": "2", "triton": "3"}\nTraceback\n')
+    assert nsa(["bench", "goals", str(tmp_path / "x")]) == 3
+    assert "x:2 is no record" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_is_there_in_small(part: str) -> None:
+    """With the same kinds and groups, where size is not all that matters."""
+    large, small = PARTS[part], part_cases(part, tiny=True)
+    assert [(c.kind, c.shape.HQ // c.shape.HKV) for c in small] == [
+        (c.kind, c.shape.HQ // c.shape.HKV) for c in large if not c.kind.startswith("overflow")
+    ]
+    assert all(c.tokens < 100 and c.shape.HKV == 1 for c in small)
+
+
+def test_a_part_that_is_out_of_time_says_so(capsys) -> None:
+    assert nsa([*BENCH, "--part", "decode", "--minutes", "0"]) == 0
+    assert [record["skipped"] for record in records(capsys)] == ["out of time"] * 4
