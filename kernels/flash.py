@@ -127,12 +127,14 @@ def forward_tiles(D: int, Dv: int, bytes: int, target: str) -> tuple[dict, dict]
 
 
 def query_gradient_tiles(D: int, Dv: int, bytes: int, target: str) -> tuple[dict, dict]:
-    """As `forward_tiles`; do is held besides q."""
+    """As `forward_tiles`; do is held besides q. In float32 tiles of 32 x 32 spill 708 bytes a thread at D = 192, Dv =
+    128 on sm_80, of 16 x 32 508, and they compile in half the time.
+    """
     if target == "cpu":
         return dict(BM=32, BN=16), {}
     wide = max(D, Dv) > 128
     if bytes == 4:
-        return dict(BM=32, BN=32), dict(num_warps=8, num_stages=1)
+        return dict(BM=16, BN=32), dict(num_warps=8, num_stages=1)
     if target.startswith("hip"):
         return dict(BM=64, BN=32), dict(num_warps=4, num_stages=1)
     if wide:
@@ -146,7 +148,7 @@ def key_gradient_tiles(D: int, Dv: int, bytes: int, target: str) -> tuple[dict, 
         return dict(BM=16, BN=32), {}
     wide = max(D, Dv) > 128
     if bytes == 4:
-        return dict(BM=32, BN=32), dict(num_warps=8, num_stages=1)
+        return dict(BM=16, BN=32), dict(num_warps=8, num_stages=1)
     if target.startswith("hip"):
         return dict(BM=32, BN=64), dict(num_warps=4, num_stages=1)
     if wide:

@@ -476,11 +476,12 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
 def query_tiles(G: int, D: int, Dv: int, block: int, bytes: int, target: str) -> dict[str, int]:
     """Tiles and launch settings of the kernels by query: a group's heads against N keys at a time. Two of three stages
     hold keys, one the number of their block: 72 KB at D = Dv = 128, three programs a multiprocessor on sm_90. At D =
-    192, Dv = 128 dq spills 736 bytes on one warp, 8 on two, none on four.
+    192, Dv = 128 dq spills 736 bytes on one warp, 8 on two, none on four; in groups of 128 23 KB on four, on sm_80.
     """
     keys = min(32 if bytes == 4 else 64, max(16, triton.next_power_of_2(block)))
     stages = 1 if target.startswith("hip") else 3
-    return dict(P=max(16, triton.next_power_of_2(G)), N=keys, num_warps=4, num_stages=stages)
+    rows = max(16, triton.next_power_of_2(G))
+    return dict(P=rows, N=keys, num_warps=4 if rows < 64 else 8, num_stages=stages)
 
 
 def block_tiles(G: int, D: int, Dv: int, block: int, bytes: int, target: str) -> dict[str, int]:

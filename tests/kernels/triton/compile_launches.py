@@ -118,6 +118,7 @@ def decode_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "D128 G16", lambda: run(16, 64, 4, 128, 128, paper)
     yield "D192/128 G16", lambda: run(64, 64, 4, 192, 128, paper)
     yield "D64 G16 blocks of 16", lambda: run(1, 32, 2, 64, 64, nsa_1b)
+    yield "D192/128 G128", lambda: run(1, 128, 1, 192, 128, paper)
     yield "D64 G3 fp32", lambda: run(1, 9, 3, 64, 64, paper, torch.float32)
 
 
@@ -171,6 +172,7 @@ def gpu_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "D192/128 G16", lambda: run(64, 4, 192, 128, Variant())
     streamed = Variant(16, 16, 16, 16, 0, 1, 128, topk="streamed", topk_chunk=16)
     yield "D64 G16 blocks of 16", lambda: run(32, 2, 64, 64, streamed)
+    yield "D192/128 G128", lambda: run(128, 1, 192, 128, Variant())
     yield "D64 G3 packed", lambda: run(9, 3, 64, 64, Variant(), sequences=5)
     yield "D64 G16 packed", lambda: run(32, 2, 64, 64, Variant(), sequences=5)
 
