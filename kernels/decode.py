@@ -246,7 +246,7 @@ def _compressed_count(length, L: tl.constexpr, STRIDE: tl.constexpr):
     return tl.where(length < L, 0, (length - L) // STRIDE + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "parts"])
 def _stream_part(
     Q, K, V, PART, LSE, SCORE, LENGTHS, sq_b, sq_h, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t, width, scale, parts,
     L: tl.constexpr, STRIDE: tl.constexpr, SCORES: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
@@ -280,7 +280,7 @@ def _stream_part(
     _store_part(PART, LSE, acc, l, m, row, split, parts, G, GP, DV, BDV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "parts", "splits"])
 def _candidates(
     SCORE, LSE, CANDIDATE, LENGTHS, width, parts, splits,
     L: tl.constexpr, STRIDE: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, TOPK_CHUNK: tl.constexpr,
@@ -325,7 +325,7 @@ def _candidates(
     tl.store(CANDIDATE + row * NP + slot, best)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "before", "selected"])
 def _gather_part(
     Q, K, V, KW, VW, PART, LSE, CANDIDATE, INDEX, LENGTHS, sq_b, sq_h, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t,
     skw_b, skw_h, skw_t, svw_b, svw_h, svw_t, scale, parts, before, selected,
@@ -385,7 +385,7 @@ def _gather_part(
 
 
 @triton.jit
-def _merge(PART, LSE, COUNT: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr):
+def _merge(PART, LSE, COUNT, DV: tl.constexpr, BDV: tl.constexpr):
     """o of a branch from COUNT splits' partial results; zero where none saw a key."""
     column = tl.arange(0, BDV)
     acc = tl.zeros((BDV,), tl.float32)
@@ -405,9 +405,9 @@ def _merge(PART, LSE, COUNT: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr):
     return acc / tl.where(total > 0, total, 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "CMP"])
 def _combine(
-    PART, LSE, GATES, O, sg_b, sg_h, parts, CMP: tl.constexpr, SLC: tl.constexpr, SWA: tl.constexpr, DV: tl.constexpr,
+    PART, LSE, GATES, O, sg_b, sg_h, parts, CMP, SLC: tl.constexpr, SWA: tl.constexpr, DV: tl.constexpr,
     BDV: tl.constexpr,
 ):  # fmt: skip
     """Eq. 5 for one head of one sequence; without gates the first branch alone."""

@@ -14,7 +14,7 @@ from nsa_kernels.tiles import load_rows
 ROWS = 16  # (query, head) rows a program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _delta(
     o, do, delta, T, HQ, o_t, o_h, do_t, do_h, G: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip

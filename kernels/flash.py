@@ -189,7 +189,7 @@ def _attend_tile(
     return acc, l * shrink + tl.sum(p, 1), higher
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "offset", "total"])
 def _forward(
     Q, K, V, O, LSE, CU, sq_t, sq_h, sk_t, sk_h, sv_t, sv_h, so_t, so_h, T, S, offset, scale, total,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BDV: tl.constexpr,
@@ -242,7 +242,7 @@ def _query_gradient_tile(
     return dq1, dq2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "offset", "total"])
 def _query_gradient(
     Q, K, V, DO, LSE, DELTA, DQ, CU, sq_t, sq_h, sk_t, sk_h, sv_t, sv_h, sd_t, sd_h, sg_t, sg_h, T, S, offset, scale,
     total, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BDV: tl.constexpr,
@@ -306,7 +306,7 @@ def _key_gradient_tile(
     return dk1, dk2, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "offset", "total"])
 def _key_gradient(
     Q, K, V, DO, LSE, DELTA, DK, DV_, CU, sq_t, sq_h, sk_t, sk_h, sv_t, sv_h, sd_t, sd_h, sgk_t, sgk_h, sgv_t, sgv_h,
     T, S, offset, scale, total, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr,

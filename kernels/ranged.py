@@ -56,7 +56,7 @@ def group_rows(base, row, h, stride_t, stride_h, G: tl.constexpr):
     return base + (row // G).to(tl.int64) * stride_t + (h * G + row % G).to(tl.int64) * stride_h
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "offset"])
 def _forward(
     q, k, v, o, lse, TOKEN, KEY, T, S, offset, scale, q_t, q_h, k_s, k_h, v_s, v_h, o_t, o_h,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BDV: tl.constexpr,
@@ -92,7 +92,7 @@ def _forward(
     tl.store(lse + h * T * G + row, tl.where(total > 0, m + tl.log2(safe), float("-inf")), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "offset"])
 def _backward_q(
     q, k, v, do, lse, delta, dq, TOKEN, KEY, T, S, offset, scale, q_t, q_h, k_s, k_h, v_s, v_h, o_t, o_h, dq_t, dq_h,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BDV: tl.constexpr,
@@ -130,7 +130,7 @@ def _backward_q(
     store_pair(group_rows(dq, row, h, dq_t, dq_h, G), inside, dq1 * scale, dq2 * scale, D1, D2, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "offset"])
 def _backward_kv(
     q, k, v, do, lse, delta, dk, dv_, TOKEN, KEY, BEGIN, END, T, S, offset, scale,
     q_t, q_h, k_s, k_h, v_s, v_h, o_t, o_h, dk_s, dk_h, dv_s, dv_h,

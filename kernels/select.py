@@ -33,7 +33,7 @@ def _blocks(best, KEEP: tl.constexpr, T: tl.constexpr, N: tl.constexpr):
     return tl.where(kept, number, 2147483647)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "NC", "offset"])
 def _select(
     q, k, lse, chosen, TOKEN, KEY, FIRST_BLOCK, BLOCK_KEY, T, NC, offset, scale, q_t, q_h, k_s, k_h,
     G: tl.constexpr, PG: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, L: tl.constexpr,

@@ -66,7 +66,7 @@ def _keys(chosen, first, i, last, BLOCK: tl.constexpr, N: tl.constexpr):
     return key.to(tl.int64), (within < BLOCK) & (key <= last)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "offset"])
 def _forward(
     q, k, v, chosen, o, lse, TOKEN, T, offset, scale, q_t, q_h, k_s, k_h, v_s, v_h, o_t, o_h,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BDV: tl.constexpr,
@@ -99,7 +99,7 @@ def _forward(
     tl.store(lse + (h * T + t) * G + head, value, mask=head < G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "offset"])
 def _backward_q(
     q, k, v, chosen, do, lse, delta, dq, TOKEN, T, offset, scale, q_t, q_h, k_s, k_h, v_s, v_h, o_t, o_h, dq_t, dq_h,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BDV: tl.constexpr,
@@ -163,7 +163,7 @@ def _rows(entries, first, end, h, G: tl.constexpr, COUNT: tl.constexpr, M: tl.co
     return entry // COUNT, h * G + r % G, entry % COUNT, inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "offset"])
 def _block_forward(
     q, k, v, entries, pieces, part, lse, BLOCK_TOKEN, BLOCK_END, S, offset, scale, q_t, q_h, k_s, k_h, v_s, v_h,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BDV: tl.constexpr,
@@ -191,7 +191,7 @@ def _block_forward(
             tl.store(lse + to, tl.where(total > 0, m + tl.log2(safe), float("-inf")), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _merge(part, part_lse, o, lse, T, HQ, G: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, PARTS: tl.constexpr,
     R: tl.constexpr,
 ):  # fmt: skip
@@ -218,7 +218,7 @@ def _merge(part, part_lse, o, lse, T, HQ, G: tl.constexpr, DV: tl.constexpr, BDV
     tl.store(lse + to, tl.where(total > 0, m + tl.log2(safe), float("-inf")), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "offset"])
 def _block_backward_q(
     q, k, v, entries, pieces, do, lse, delta, part, BLOCK_TOKEN, BLOCK_END, T, S, offset, scale,
     q_t, q_h, k_s, k_h, v_s, v_h, o_t, o_h,
@@ -252,7 +252,7 @@ def _block_backward_q(
             store_pair(part + to * D, inside, dq1, dq2, D1, D2, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "offset"])
 def _block_backward_kv(
     q, k, v, entries, pieces, do, lse, delta, dk, dv_, BLOCK_TOKEN, BLOCK_END, T, S, offset, scale,
     q_t, q_h, k_s, k_h, v_s, v_h, o_t, o_h,
@@ -294,7 +294,7 @@ def _block_backward_kv(
         store_rows(dv_ + to * DV, there, dv, 0, BDV, DV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "pieces"])
 def _sum_pieces(
     part, starts, out, BLOCK_TOKEN, BLOCK_END, S, pieces, out_s, out_h, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
     BW: tl.constexpr, N: tl.constexpr,

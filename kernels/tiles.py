@@ -2,6 +2,9 @@
 
 `tl.arange` takes powers of two only. A width of 192 as 128 + 64 wastes nothing, where 256 would waste a quarter of
 every product.
+
+Kernels do not specialize lengths (`do_not_specialize`): Triton would compile all of them again, seconds each, for a
+prompt whose length is no multiple of 16, and once more where one is 1.
 """
 
 import torch
