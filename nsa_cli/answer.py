@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nsa_cli.checkpoint import Checkpoint
 from nsa_cli.citations import Citation, check_citations, texts_in
-from nsa_cli.evidence import Evidence, find_evidence
+from nsa_cli.evidence import Evidence, counted_tokens, find_evidence
 from nsa_cli.held import Held
 from nsa_cli.output import VERBOSE, emit, progress, say, warn
 from nsa_cli.runlog import log_answer
@@ -307,12 +307,8 @@ def check_fit(checkpoint: Checkpoint, context: "Context", question: str, request
 
 def free_memory(checkpoint: Checkpoint, request: Request) -> tuple[int, int]:
     """Bytes that an answer may take, and what of them is for weights that are still to be loaded."""
-    import psutil
-
-    from nsa_models.formats import weights_bytes
-
     held = request.held.nbytes if request.held else 0
-    return psutil.virtual_memory().available + held, 0 if checkpoint.loaded else weights_bytes(checkpoint.directory)
+    return checkpoint.free_memory() + held, 0 if checkpoint.loaded else checkpoint.weights_bytes()
 
 
 def fitting(checkpoint: Checkpoint, free: float, weights: int, most: int) -> int:
@@ -371,7 +367,10 @@ def read_question(checkpoint: Checkpoint, rest: Sequence[int], around: "Prompt",
     model, document = checkpoint.model, len(rest) - len(around.after)
     if document:
         prefill(model, rest[:document], cache)
-    retrieval = RetrievalMass(checkpoint.config, cache.length)
+    text = checkpoint.tokenizer.decode(around.question)
+    ids, starts = checkpoint.tokenizer.encode_with_offsets(text)
+    counted = counted_tokens(text, starts) if ids == around.question else None  # bytes of no character have no word
+    retrieval = RetrievalMass(checkpoint.config, cache.length, counted)
     prefill(model, around.question, cache, retrieval=retrieval)
     return prefill(model, around.close, cache), retrieval
 

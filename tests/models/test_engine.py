@@ -1,6 +1,7 @@
 """The transformer, its cache and the engine on tiny random models of every variant."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,23 +14,10 @@ from nsa_models.linear import Linear
 from nsa_models.quantize import quantize
 from nsa_models.step import Step
 from nsa_models.transformer import NSAModel, parameter_shapes
+from tests.models.tiny import CONFIG, random_model
 
-CONFIG = NSAConfig(
-    vocab_size=97,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=8,
-    intermediate_size=48,
-    max_position_embeddings=1024,
-    gate_bias=True,
-    compress_block=8,
-    compress_stride=4,
-    select_block=16,
-    select_count=4,
-    window=32,
-)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIGS = {
     "mean": CONFIG,
     "tied-biased": replace(CONFIG, tie_word_embeddings=True, qkv_bias=True, gate_bias=False),
@@ -42,27 +30,8 @@ CONFIGS = {
 }
 
 
-def random_model(config: NSAConfig, dtype: torch.dtype = torch.float32) -> NSAModel:
-    model = NSAModel(config, dtype=dtype)
-    generator = torch.Generator().manual_seed(0)
-    for name, p in model.named_parameters():
-        p.normal_(0, 0.3, generator=generator)
-        if "norm" in name:
-            p.add_(1)
-    return model
-
-
 def random_ids(n: int) -> torch.Tensor:
     return torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Of operations this small, two threads take longer than one; see test_two_threads_compute_the_same."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=CONFIGS.values(), ids=CONFIGS)
@@ -367,3 +336,18 @@ def test_a_compiled_step_writes_nothing_but_its_token() -> None:
         changed = ~((buffer == before[name]) | (buffer.isnan() & before[name].isnan()))
         rows = changed.any(-1).any(0).nonzero().flatten().tolist()
         assert rows == ([] if name.endswith("_cmp") else [61]), name
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_step_into_a_full_cache_is_refused(monkeypatch, captured: bool) -> None:
+    """Before anything is written: compiled code and a CUDA graph would write behind the buffers."""
+    model = random_model(CONFIG)
+    cache = exact_cache(model, 1)
+    prefill(model, random_ids(cache.capacity), cache)
+    calls = []
+    step = Step(model, cache)
+    if captured:
+        monkeypatch.setattr(step, "captured", SimpleNamespace(run=lambda *args: calls.append(args)))
+    with pytest.raises(ValueError, match=f"{cache.capacity} tokens cannot take 1 after {cache.capacity}"):
+        step(0)
+    assert not calls and cache.length == cache.capacity
