@@ -13,7 +13,7 @@ name: count
 description: Count.
 params: {what: {type: string, required: true, help: What.}}
 steps: [{id: all, prompt: "How many {{ what }}?"}]
-expect: {max_words: 1}
+expect: {max_words: 0}
 """
 VARYING = ("timings", "usage", "peak_memory_bytes")
 
