@@ -22,7 +22,7 @@ else:
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 FOLDERS = {"nsa_cli": "nsa_cli", "nsa_kernels": "kernels", "nsa_models": "models", "nsa_recipes": "recipes"}
-DATA = {".c", ".h", ".yaml", ".json", ".md", ".safetensors"}
+DATA = {".c", ".h", ".yaml", ".jsonl", ".json", ".md", ".safetensors"}
 
 
 @pytest.fixture(scope="module")
