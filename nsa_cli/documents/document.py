@@ -13,6 +13,7 @@ class Part:
 
     line: int
     label: str
+    level: int = 0  # of a chapter or section, 1 the outermost; 0 = a page or a cell
 
 
 @dataclass(frozen=True)
@@ -91,16 +92,18 @@ class NotText(ValueError):
     """The bytes are no text; the message says what they are."""
 
 
-def assemble(pieces: Iterable[tuple[str, str]], marked: bool = True) -> Extract:
-    """A converted text of labelled pieces; each begins with its label in brackets, which the model can cite."""
+def assemble(pieces: Iterable[tuple[str, str] | tuple[str, str, int]]) -> Extract:
+    """A converted text of (label, text, level) pieces; each begins with its label in brackets, which the model can
+    cite.
+    """
     texts, parts, line = [], [], 1
-    for label, text in pieces:
+    for label, text, *level in pieces:
         text = text.strip("\n")
         if not text.strip():
             continue
-        text = (f"[{label}]\n" if marked and label else "") + text + "\n"
+        text = (f"[{label}]\n" if label else "") + text + "\n"
         if label:
-            parts.append(Part(line, label))
+            parts.append(Part(line, label, *level))
         texts.append(text)
         line += text.count("\n")
     return Extract("".join(texts), tuple(parts), converted=True)

@@ -22,11 +22,8 @@ TEXTS: dict[str, Callable[[str], Extract]] = {
     ".htm": read_html,
     ".xhtml": read_html,
     ".ipynb": read_notebook,
-    ".md": lambda text: Extract(text, markdown_parts(text)),
-    ".markdown": lambda text: Extract(text, markdown_parts(text)),
-    ".txt": lambda text: Extract(text, book_parts(text)),
-    ".text": lambda text: Extract(text, book_parts(text)),
-    "": lambda text: Extract(text, book_parts(text)),
+    **dict.fromkeys((".md", ".markdown", ".mdx"), lambda text: Extract(text, markdown_parts(text))),
+    **dict.fromkeys((".txt", ".text", ""), lambda text: Extract(text, book_parts(text))),
 }
 BOOKS = frozenset((".pdf", ".epub", ".docx"))  # their bytes are not text: another limit of size
 PROSE = frozenset((".txt", ".text", ".md", ".markdown", ".rst", ".tex", "", *BOOKS, *TABLES))  # long lines are theirs

@@ -92,7 +92,7 @@ def test_exclude_reaches_named_files(tree) -> None:
 def test_links_and_pipes_are_read_when_named(tree) -> None:
     (tree / "link").symlink_to("b.txt")
     os.mkfifo(tree / "fifo")
-    writer = threading.Thread(target=(tree / "fifo").write_text, args=("from a pipe",))
+    writer = threading.Thread(target=(tree / "fifo").write_text, args=("from a pipe",), daemon=True)
     writer.start()
     documents, _ = read_documents(["link", "fifo"], OPTIONS)
     writer.join()

@@ -184,7 +184,7 @@ def test_chapters_of_a_plain_book() -> None:
 
 def test_sections_of_markdown() -> None:
     text = "---\ntitle: x\n---\n\n# One\n\n```sh\n# no heading\n```\n\nTwo\n---\n\n#### deep\n### Three ###\n"
-    assert markdown_parts(text) == (Part(5, '§ "One"'), Part(11, '§ "Two"'), Part(15, '§ "Three"'))
+    assert markdown_parts(text) == (Part(5, '§ "One"', 1), Part(11, '§ "Two"', 2), Part(15, '§ "Three"', 3))
 
 
 @settings(max_examples=60, deadline=None)
