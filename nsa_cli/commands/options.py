@@ -56,6 +56,8 @@ def document_options(command):
 
     @functools.wraps(command)
     def reading(*args, files_from, null, no_gitignore, no_nsaignore, no_default_ignores, **kwargs):
+        if kwargs["no_files"] and not (kwargs["diff"] or kwargs["log"]):
+            raise click.UsageError("--no-files reads nothing but --diff or --log, and neither is given")
         own = {name: kwargs.pop(name) for name in ReadOptions.__dataclass_fields__ if name in kwargs}
         read = ReadOptions(
             **own,
@@ -85,6 +87,7 @@ def document_options(command):
         click.option("--rev", "revision", metavar="REV", help="Read files as they were in this git revision."),
         click.option("--diff", metavar="REV", help="Read git's diff of the work tree with REV, or of a range A..B."),
         click.option("--log", type=click.IntRange(1), metavar="N", help="Read git's log of the last N commits."),
+        click.option("--no-files", **flag, help="Of the paths, read only what --diff and --log say about them."),
         click.option("--hidden", **flag, help="Also read hidden files; those that git tracks are read anyway."),
         click.option("--follow-links", **flag, help="Also read what symbolic links in directories lead to."),
         click.option("--submodules", **flag, help="Also read repositories inside a repository."),

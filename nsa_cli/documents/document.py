@@ -86,6 +86,7 @@ class ReadOptions:
     revision: str | None = None  # a git revision to read files from, in place of the work tree
     diff: str | None = None  # a revision or a range whose difference is read as a document
     log: int | None = None  # commits whose log is read as a document
+    no_files: bool = False  # of the paths, only what `diff` and `log` say
 
 
 class NotText(ValueError):

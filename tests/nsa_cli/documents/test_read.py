@@ -99,6 +99,15 @@ def test_links_and_pipes_are_read_when_named(tree) -> None:
     assert documents == [Document("fifo", "from a pipe"), Document("link", "this is b.txt\n")]
 
 
+def test_patterns_that_no_shell_expanded(tree) -> None:
+    assert paths(read_documents(["*.txt"], OPTIONS)[0]) == ["a-b.txt", "b.txt"]
+    assert "c/d/e.txt" in paths(read_documents(["**/*.txt"], OPTIONS)[0])
+    (tree / "[x]*.txt").write_text("a name is no pattern")
+    assert paths(read_documents(["[x]*.txt"], OPTIONS)[0]) == ["[x]*.txt"]
+    with pytest.raises(InputError, match="no such file or directory"):
+        read_documents(["*.none"], OPTIONS)
+
+
 def test_stdin_is_a_document_among_others(tree) -> None:
     stdin = io.BytesIO("\ufeffgrüße\r\n".encode())
     documents, _ = read_documents(["-", "b.txt"], OPTIONS, stdin)
