@@ -100,6 +100,29 @@ class ContextFile:
         """The line of the file, of which an outline holds a few."""
         return self.document.lines[line - 1] if self.document.lines else line
 
+    @property
+    def begins(self) -> str:
+        """Where in the document, as `line 40` or `p. 41`; '' at its beginning."""
+        if self.first_line == 1:
+            return ""
+        line = self.file_line(self.first_line)
+        part = self.document.part_at(line)
+        return part if part and self.document.converted else f"line {line}"
+
+    def held(self) -> Document:
+        """The document, of these lines alone."""
+        if self.first_line == 1 and len(self.text) >= len(self.document.text):
+            return self.document
+        numbers = range(self.first_line, self.first_line + len(self.line_ends))
+        parts = [replace(part, line=part.line - self.first_line + 1) for part in self.document.parts]
+        return replace(
+            self.document,
+            text=self.text,
+            parts=tuple(part for part in parts if 1 <= part.line <= len(numbers)),
+            lines=tuple(map(self.file_line, numbers)),
+            begins=self.begins,
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Context:
@@ -195,12 +218,12 @@ def encode(document: Document, tokenizer: "Tokenizer", text: str | None = None, 
 
 def title(file: ContextFile) -> str:
     """A path, and what there is to say about what follows: `a.py (outline)`, `book.pdf (from p. 41)`."""
-    line = file.file_line(file.first_line)
-    part = file.document.part_at(line)
-    notes = ["outline"] if file.document.level == "outline" else []
-    if file.first_line > 1:
-        notes.append(f"from {part}" if part and file.document.converted else f"from line {line}")
-    return f"{file.path} ({', '.join(notes)})" if notes else file.path
+    return file.path + notes(file.document, file.begins)
+
+
+def notes(document: Document, begins: str) -> str:
+    found = [document.level] * (document.level != "full") + [f"from {begins}"] * bool(begins)
+    return f" ({', '.join(found)})" if found else ""
 
 
 def block_borders(text: str) -> Iterator[int]:
