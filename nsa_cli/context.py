@@ -295,7 +295,8 @@ def check_budget(tokens: int, limit: int, files: Sequence[ContextFile]) -> None:
         raise BudgetError("the question and its answer alone take more than the context holds; raise --max-context")
     largest = sorted(files, key=lambda file: -file.tokens)[:3]
     named = ", ".join(f"{file.path} {file.tokens:,}" for file in largest)
-    leave_out = what_to_exclude(over, {file.path: file.tokens for file in files})
+    on_disk = [file for file in files if not file.path.startswith("<")]  # not standard input, git's diff or log
+    leave_out = what_to_exclude(over, {file.path: file.tokens for file in on_disk}, sum(f.tokens for f in files))
     advice = " ".join(f"--exclude {shlex.quote(escape(path))}" for path in leave_out)
     raise BudgetError(
         f"{tokens:,} tokens are {over:,} more than the {limit:,} that fit; largest: {named}; "
@@ -307,14 +308,14 @@ def check_budget(tokens: int, limit: int, files: Sequence[ContextFile]) -> None:
     )
 
 
-def what_to_exclude(over: int, sizes: dict[str, int]) -> list[str]:
+def what_to_exclude(over: int, sizes: dict[str, int], whole: int) -> list[str]:
     """The smallest file or directory that holds `over` tokens; else the two or three largest files that do; else the
-    two or three largest directories or files beside each other that do; else [].
+    two or three largest directories or files beside each other that do; else []. Of `whole` tokens, some are left.
     """
     candidates = Counter(sizes)
     for path, tokens in sizes.items():
-        candidates.update({str(parent): tokens for parent in PurePosixPath(path).parents if parent.name})
-    whole = sum(sizes.values())
+        parents = (parent for parent in PurePosixPath(path).parents if parent.name not in ("", ".."))
+        candidates.update({str(parent): tokens for parent in parents})
     enough = [(tokens, path) for path, tokens in candidates.items() if over <= tokens < whole]
     if enough:
         return [min(enough)[1]]
@@ -327,5 +328,6 @@ def what_to_exclude(over: int, sizes: dict[str, int]) -> list[str]:
 
 
 def escape(path: str) -> str:
-    """`path` as a pattern that matches only itself."""
-    return re.sub(r"([\\*?\[!#])", r"\\\1", path)
+    """`path` as a pattern that matches it; of what a path is shown without, one character stands for another."""
+    path = re.sub(r"([\\*?\[!#])", r"\\\1", path).replace("\ufffd", "?")
+    return path[:-1] + "\\ " if path.endswith(" ") else path

@@ -16,7 +16,7 @@ from nsa_cli.documents.git import Objects
 from nsa_cli.documents.ignore import Rules
 from nsa_cli.documents.readers import BOOKS, PROSE, extract, suffix_of
 from nsa_cli.documents.revision import history_documents, revision_files
-from nsa_cli.documents.walk import walk, wanted
+from nsa_cli.documents.walk import matched, walk, wanted
 from nsa_cli.units import format_bytes
 from nsa_models.errors import InputError
 
@@ -97,6 +97,8 @@ def _files(paths: Sequence[str], options: ReadOptions) -> Iterator[_File]:
             yield _File(None, STDIN, MAX_NAMED_BYTES)
         elif path.is_dir():
             prefix = "" if len(names) == 1 or shown == "." else shown.rstrip("/") + "/"
+            if prefix and matched(exclude, shown.lstrip("/")):
+                continue
             root = path.resolve()
             for found in walk(root, options, prefix.lstrip("/")):
                 shown = printable(prefix + found.path) or "."
@@ -106,7 +108,7 @@ def _files(paths: Sequence[str], options: ReadOptions) -> Iterator[_File]:
             if not in_list:
                 raise InputError(f"no such file or directory: {printable(name)}")
             yield _File(path, printable(shown), 0, listed=True, reason="no such file or directory")
-        elif not exclude.matches(shown.lstrip("/"), is_directory=False):
+        elif not matched(exclude, shown.lstrip("/")):
             yield _File(path, printable(shown), max(MAX_NAMED_BYTES, options.max_file_bytes), listed=in_list)
 
 
