@@ -43,14 +43,14 @@ class Packing:
 
     order: str = "path"
     levels: tuple[tuple[str, str], ...] = ()  # (.gitignore pattern, level); the first that matches counts
-    overflow: str = "error"
+    overflow: str | None = None  # None = error, or shard where the command reads in parts
     reserve: int | None = None  # tokens to keep free for question and answer, if they take less
     align: bool = False  # files begin at a block of the model's
 
 
 def reads_in_parts(packing: Packing) -> Packing:
-    """For what reads what does not fit in parts, unless that is to be outlined or dropped."""
-    return packing if packing.overflow in ("outline", "drop") else replace(packing, overflow="shard")
+    """For what reads what does not fit in parts, unless something else is asked for."""
+    return replace(packing, overflow=packing.overflow or "shard")
 
 
 def pack(

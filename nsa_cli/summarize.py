@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 WHOLE = "Summarize the text above"
 JOIN = "The texts above summarize consecutive parts of one document. Summarize the whole document"
+JOIN_ANSWERS = "The texts above answer a question from consecutive parts of one document. Answer it from them all: "
 LENGTHS = {"short": "in one or two sentences", "medium": "in one paragraph", "long": "in several paragraphs"}
 STYLES = {
     "bullets": "as a list of bullet points",
@@ -78,6 +79,13 @@ def summarize(
     whole = summarize(checkpoint, joined, later, tell, join, join)
     whole = combined(parts, whole, request.evidence)
     return replace(whole, shards=len(parts), citations=check_citations(whole.text, context))
+
+
+def answer_in_parts(
+    checkpoint: Checkpoint, context: "Context", question: str, request: Request, tell: Callable[[str], None]
+) -> Answer:
+    """Like `answer`; what does not fit is asked about part by part, and then the answers are put together."""
+    return summarize(checkpoint, context, request, tell, question, JOIN_ANSWERS + question)
 
 
 def _part(checkpoint, shard: "Context", question: str, request: Request, number: int, of: int) -> Answer:

@@ -22,10 +22,8 @@ from nsa_cli.completion import complete_paths
 from nsa_cli.documents import ReadOptions, read_documents
 from nsa_cli.output import emit, say_skipped
 from nsa_cli.packing import pack, room_beside
-from nsa_cli.summarize import summarize
+from nsa_cli.summarize import answer_in_parts
 from nsa_models.errors import InputError
-
-JOIN_ANSWERS = "The texts above answer a question from consecutive parts of one document. Answer it from them all: "
 
 
 @click.command("ask")
@@ -84,7 +82,7 @@ def command(arguments, asked, questions, schema, strict, read, packing, request,
 def answers_in_parts(checkpoint, context, questions: Sequence[str], request, tell) -> Iterator[Answer]:
     """Each question asked about every part, and the answers put together."""
     for question in questions:
-        yield summarize(checkpoint, context, request, tell, question, JOIN_ANSWERS + question)
+        yield answer_in_parts(checkpoint, context, question, request, tell)
 
 
 def show_answers(answered: Iterator[Answer], questions: Sequence[str], as_json: bool) -> list[Answer]:

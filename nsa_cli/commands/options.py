@@ -139,9 +139,9 @@ def packing_options(command):
     """Add the options that say how documents become a context; the command gets a `packing`."""
 
     @functools.wraps(command)
-    def with_packing(*args, level, **kwargs):
-        own = {name: kwargs.pop(name) for name in ("order", "overflow", "reserve", "align")}
-        return command(*args, packing=Packing(levels=level, **own), **kwargs)
+    def with_packing(*args, **kwargs):
+        own = {name: kwargs.pop(name) for name in Packing.__dataclass_fields__}
+        return command(*args, packing=Packing(**own), **kwargs)
 
     return _add(
         with_packing,
@@ -150,6 +150,7 @@ def packing_options(command):
         ),
         click.option(
             "--level",
+            "levels",
             metavar="PATTERN=LEVEL",
             multiple=True,
             callback=_levels,
@@ -158,8 +159,8 @@ def packing_options(command):
         _option(
             "--overflow",
             type=click.Choice(OVERFLOWS),
-            default=Packing.overflow,
-            help="Where files do not fit: error, read in parts (shard), outline or drop what matters least.",
+            help="Where files do not fit: error, read in parts (shard), outline or drop what matters least. Default: "
+            "error; summarize and run read in parts.",
         ),
         _option("--reserve", type=parse_quantity, metavar="TOKENS", help="Keep so much free for question and answer."),
         click.option("--align", is_flag=True, help="Begin files where a block of the model's attention begins."),

@@ -80,14 +80,14 @@ def recipe_command(recipe: Recipe) -> click.Command:
     @verbosity_options
     def run(paths, read, packing, request, checkpoint, as_json, **given) -> None:
         from nsa_cli.documents import read_documents
-        from nsa_cli.packing import pack, reads_in_parts
-        from nsa_cli.steps import run_recipe
+        from nsa_cli.steps import pack_for, run_recipe
 
         bound = recipe.bind({name.removeprefix(PREFIX): value for name, value in given.items()})
         documents, skips = read_documents(paths_or_stdin(paths, read), bound.read_options(read))
         say_skipped(skips)
-        context = pack(documents, skips, checkpoint, "", request, reads_in_parts(packing))
-        reply = run_recipe(checkpoint, bound, context, request, silent if as_json else emit, explicit())
+        typed = explicit()
+        context = pack_for(bound, documents, skips, checkpoint, request, packing, typed)
+        reply = run_recipe(checkpoint, bound, context, request, silent if as_json else emit, typed)
         show(reply, as_json)
         reply.require()
 
@@ -122,6 +122,7 @@ def set_defaults(made: click.Command, recipe: Recipe) -> None:
     """Let --help show what the recipe decides for its answer, the last step's."""
     decided = {**recipe.generate, **recipe.steps[-1].generate}
     decided |= {"max_context": recipe.max_context, "evidence": recipe.evidence}
+    decided |= {name: recipe.packing.get(name) for name in ("order", "overflow")}
     for parameter in made.params:
         value = decided.get(parameter.name)
         if value is not None and parameter.name != "stop":
