@@ -107,7 +107,7 @@ def document_options(command):
             metavar="BYTES",
             type=parse_quantity,
             default=str(ReadOptions.max_file_bytes),
-            help=f"Skip larger files of directories: 500k, 2M. [default: {size}; PDF, EPUB, DOCX 64 MB]",
+            help=f"Skip larger files of directories: 500k, 2M. [default: {size}; PDF, EPUB, DOCX, RTF 64 MB]",
         ),
         click.option(
             "--encoding", metavar="NAME", callback=_known_encoding, help="Of text files: cp1252, utf-16, shift_jis."

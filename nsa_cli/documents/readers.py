@@ -12,6 +12,8 @@ from nsa_cli.documents.epub import read_epub
 from nsa_cli.documents.html import SNIFF, declared_encoding, read_html
 from nsa_cli.documents.notebook import read_notebook
 from nsa_cli.documents.pdf import read_pdf
+from nsa_cli.documents.rtf import MAGIC as RTF
+from nsa_cli.documents.rtf import read_rtf
 from nsa_cli.documents.table import read_csv, read_lines, read_tsv
 
 # A member that only this kind of archive has -> its reader.
@@ -25,7 +27,7 @@ TEXTS: dict[str, Callable[[str], Extract]] = {
     **dict.fromkeys((".md", ".markdown", ".mdx"), lambda text: Extract(text, markdown_parts(text))),
     **dict.fromkeys((".txt", ".text", ""), lambda text: Extract(text, book_parts(text))),
 }
-BOOKS = frozenset((".pdf", ".epub", ".docx"))  # their bytes are not text: another limit of size
+BOOKS = frozenset((".pdf", ".epub", ".docx", ".rtf"))  # their bytes are not text: another limit of size
 PROSE = frozenset((".txt", ".text", ".md", ".markdown", ".rst", ".tex", "", *BOOKS, *TABLES))  # long lines are theirs
 
 
@@ -39,6 +41,8 @@ def extract(data: bytes, path: str, options: ReadOptions) -> Extract:
         return read_pdf(data)
     if data.startswith(b"PK\x03\x04"):
         return read_archive(data)
+    if data.startswith(RTF):
+        return read_rtf(data)
     suffix = suffix_of(path)
     if suffix == "" and SNIFF.match(data[:2000]):
         suffix = ".html"

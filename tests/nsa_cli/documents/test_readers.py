@@ -97,6 +97,22 @@ def test_docx_has_headings_lists_tables_and_notes() -> None:
     assert found.text == "# Methods\nWe & they\n- item\nk | v\nnew\n\n## Results\n\nNotes:\na note\n"
 
 
+def test_rtf_is_its_text_with_chapters() -> None:
+    body = "It was a long day, and much was said about the lamp and the boat on the lake. "
+    head = r"{\rtf1\ansi\ansicpg1252{\fonttbl{\f0 Times;}}{\*\generator x;}{\pict\pngblip 89504e47}"
+    rtf = (
+        head
+        + rf"\par Chapter 1. The Caf\'e9\par\par {body}\u8364?\par\par Chapter 2\par\par {body}\u-10179?\u-8703?\par}}"
+    )
+    found = read(rtf.encode(), "novel.rtf")
+    assert labels(found) == ['ch. 1 "The Café"', "ch. 2"]
+    assert found.text == f"\nChapter 1. The Café\n\n{body}€\n\nChapter 2\n\n{body}\U0001f601\n"
+    assert found.converted
+    for bad, why in ((rb"{\rtf1\u99999999999 ?}", "damaged RTF"), (rb"{\rtf1}", "RTF without text")):
+        with pytest.raises(NotText, match=why):
+            read(bad, "x.rtf")
+
+
 def test_html_is_its_text_without_what_surrounds_it() -> None:
     page = (
         "<!doctype html><html><head><title>T</title><style>p{}</style></head><body><nav>menu</nav><main><h1>One &amp; "
