@@ -3,6 +3,8 @@
 import codecs
 import functools
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,6 +113,13 @@ def document_options(command):
         ),
         click.option(
             "--encoding", metavar="NAME", callback=_known_encoding, help="Of text files: cp1252, utf-16, shift_jis."
+        ),
+        click.option(
+            "--convert",
+            metavar="PATTERN=COMMAND",
+            multiple=True,
+            callback=_converters,
+            help="Read of matching files what COMMAND prints: '*.doc=antiword', '*.tex=pandoc -t plain {}'.",
         ),
         click.option(
             "--all-rows", **flag, help=f"Read all of a CSV, TSV or JSONL file, not its first {MAX_ROWS} rows."
@@ -251,6 +260,24 @@ def _levels(context: click.Context, parameter: click.Parameter, values: tuple[st
         if not pattern or level not in LEVELS:
             raise click.BadParameter(f"write PATTERN=LEVEL with a level of {', '.join(LEVELS)}: 'tests=outline'")
     return pairs
+
+
+def _converters(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    found = []
+    for value in values:
+        pattern, _, line = value.partition("=")
+        try:
+            command = tuple(shlex.split(line))
+        except ValueError as error:
+            raise click.BadParameter(f"{value!r}: {str(error).lower()}") from None
+        if not pattern or not command:
+            raise click.BadParameter("write PATTERN=COMMAND: '*.doc=antiword'")
+        if not shutil.which(command[0]):
+            raise click.BadParameter(f"no program {command[0]!r}")
+        found.append((pattern, command))
+    return tuple(found)
 
 
 def _not_empty(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:

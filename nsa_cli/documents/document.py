@@ -83,6 +83,7 @@ class ReadOptions:
     submodules: bool = False  # repositories inside a repository
     encoding: str | None = None  # of texts without a byte order mark; None = recognized
     all_rows: bool = False  # of tables; False = the first table.MAX_ROWS
+    convert: tuple[tuple[str, tuple[str, ...]], ...] = ()  # (pattern, command that prints the text); the first counts
     listed: tuple[str, ...] = ()  # files to read beside the paths; what cannot be read of them is skipped
     revision: str | None = None  # a git revision to read files from, in place of the work tree
     diff: str | None = None  # a revision or a range whose difference is read as a document

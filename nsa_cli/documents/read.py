@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from nsa_cli.documents.convert import convert
 from nsa_cli.documents.detect import machine_made
 from nsa_cli.documents.document import Document, Extract, NotText, ReadOptions, Skip
 from nsa_cli.documents.git import Objects
@@ -142,10 +143,17 @@ def _revision_files(names: Sequence[str], options: ReadOptions) -> Iterator[_Fil
             raise InputError(f"{options.revision}: no such file or directory: {printable(name)}")
 
 
+def converter(path: str, options: ReadOptions) -> tuple[str, ...] | None:
+    """The command that the user has for files such as this."""
+    patterns = ((Rules().adding("", [pattern]), command) for pattern, command in options.convert)
+    return next((command for rules, command in patterns if matched(rules, path.lstrip("/"))), None)
+
+
 def _limit(path: str, options: ReadOptions) -> int:
     """Most bytes of a file found in a directory; a book's are more than its text."""
     default = options.max_file_bytes == ReadOptions.max_file_bytes
-    return MAX_NAMED_BYTES if default and suffix_of(path) in BOOKS else options.max_file_bytes
+    is_book = suffix_of(path) in BOOKS or converter(path, options)
+    return MAX_NAMED_BYTES if default and is_book else options.max_file_bytes
 
 
 def _distinct(files: Iterator[_File]) -> Iterator[_File]:
@@ -162,8 +170,11 @@ def _distinct(files: Iterator[_File]) -> Iterator[_File]:
 def _extract(file: _File, options: ReadOptions, stdin: BinaryIO | None, objects: Objects) -> Extract:
     if file.reason:
         raise Unreadable(file.reason)
+    command = converter(file.shown, options)
     try:
-        found = extract(_bytes(file, stdin, objects), file.shown, options)
+        data = _bytes(file, stdin, objects)
+        on_disk = None if file.blob else file.path
+        found = convert(command, on_disk, data, file.shown) if command else extract(data, file.shown, options)
     except NotText as error:
         raise Unreadable(str(error)) from None
     if not found.text.strip():

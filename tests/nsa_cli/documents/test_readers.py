@@ -166,6 +166,24 @@ def test_tables_are_sampled_and_the_rest_is_counted(tmp_path) -> None:
     assert (documents[0].text.count("\n"), skips) == (1999, [])
 
 
+def test_a_program_of_the_user_s_can_print_the_text(tmp_path, nsa, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.doc").write_bytes(b"\0\0first\n" + b"\0" * 1_500_000)
+    (tmp_path / "b.log").write_text("1\n2\n3\n")
+    (tmp_path / "c.txt").write_text("plain\n")
+    run = nsa("pack", ".", "--convert", "*.doc=tr -d '\\0' <", "--convert", "*.log=tail -n 1")
+    assert (run.code, "tr failed (exit code 1)" in run.err) == (0, True), run.err
+    assert run.out.endswith("=== b.log ===\n3\n=== c.txt ===\nplain\n")
+    run = nsa("pack", "a.doc", "--convert", '*.doc=sh -c \'tr -d "\\\\0" < "{}"\'')
+    assert (run.code, run.out) == (0, "=== a.doc ===\nfirst\n"), run.err
+    run = nsa("pack", "b.log", "--convert", "*.log=false")
+    assert (run.code, run.err) == (3, "nsa: b.log: false failed (exit code 1)\n")
+    for wrong in ("*.doc", "=cat", "*.doc=no-such-program", "*.doc='"):
+        assert nsa("pack", ".", "--convert", wrong).code == 2
+    run = nsa("pack", "-", "--convert", "*=cat", stdin="piped")
+    assert (run.code, run.out) == (0, "=== <stdin> ===\npiped\n")
+
+
 BOOK = """The Book
 
 CHAPTER I.  Down the Hole
