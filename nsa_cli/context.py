@@ -198,7 +198,7 @@ def arrange(
 
 
 def listing_text(documents: Sequence[Document]) -> str:
-    notes = {"full": "", "outline": " (outline)", "name": " (name only)"}
+    notes = {"full": "", "code": " (code)", "outline": " (outline)", "name": " (name only)"}
     return "Files:\n" + "".join(f"{document.path}{notes[document.level]}\n" for document in documents) + "\n"
 
 

@@ -33,7 +33,7 @@ __all__ = [
     "tree",
 ]
 
-LEVELS = ("full", "outline", "name")
+LEVELS = ("full", "code", "outline", "name")
 OVERFLOWS = ("error", "shard", "outline", "drop")
 
 
@@ -114,6 +114,10 @@ def at_level(document: Document, levels: Sequence[tuple[str, str]]) -> Document:
     """A document in the detail that the first matching pattern says."""
     path = document.path.lstrip("/")
     level = next((level for pattern, level in levels if matched(Rules().adding("", [pattern]), path)), "full")
+    if level == "code":
+        from nsa_cli.documents.bare import bare
+
+        return bare(document)
     return document if level == "full" else outlined(document) if level == "outline" else replace(document, level=level)
 
 

@@ -163,7 +163,8 @@ def packing_options(command):
             metavar="PATTERN=LEVEL",
             multiple=True,
             callback=_levels,
-            help="full, outline (definitions, headings) or name for matching files; the first match counts.",
+            help="full, code (no comments), outline (definitions, headings) or name for matching files; the first "
+            "match counts.",
         ),
         _option(
             "--overflow",

@@ -35,7 +35,7 @@ class Document:
     parts: tuple[Part, ...] = ()
     converted: bool = False
     lines: tuple[int, ...] | None = field(default=None, repr=False)  # of the file, for each line; None = 1, 2, 3...
-    level: str = "full"  # or outline, or name: then it is only in the list of files
+    level: str = "full"  # or code, without comments; outline; or name: then it is only in the list of files
     begins: str = ""  # where in the file, if it is a later part of it: `line 40`, `p. 41`
     source: Path | None = field(default=None, compare=False, repr=False)  # the file on disk, if it is one
 

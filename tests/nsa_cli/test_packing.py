@@ -174,6 +174,38 @@ def test_levels_by_pattern_the_first_match_counts() -> None:
     assert "notes" not in text
 
 
+COMMENTED = {
+    "a.py": ("# head\n\nx = '# no é comment'  # tail\n\n\ndef f():\n    # why\n    return 1\n", [3, 6, 8]),
+    "a.c": ('/* one\n * two */ int a; // three\n\nchar *s = "/* no */";\n', [2, 4]),
+    "a.rs": ("/// doc\n//! inner\nfn f() { /* in */ }\n", [3]),
+    "A.java": ("/** doc */\nclass A { // a\n\n int x;\n}\n", [2, 4, 5]),
+    "a.rb": ("# a\nputs 1 # b\n", [2]),
+    "a.go": ("// a\npackage a\n", [2]),
+    "a.ts": ("// a\nlet x: number = 1 /* b */\n", [2]),
+    "a.php": ("<?php\n// a\n# b\necho 1;\n", [1, 4]),
+}
+
+
+@pytest.mark.parametrize("path", COMMENTED)
+def test_code_is_what_is_no_comment(path) -> None:
+    text, lines = COMMENTED[path]
+    (document,) = pack_documents([Document(path, text)], [], LETTERS, Packing(levels=(("*", "code"),)), 9999).documents
+    assert (document.level, document.lines) == ("code", tuple(lines))
+    kept = document.text.split("\n")
+    for number, line in zip(lines, kept, strict=False):
+        assert set(line.split()) <= set(text.split("\n")[number - 1].split())
+    assert "comment" not in document.text or "'# no é comment'" in document.text
+    assert not any(word in document.text for word in ("head", "tail", "why", "two", "three", "doc", "inner", "in */"))
+
+
+def test_code_of_other_files_is_all_of_them() -> None:
+    documents = [Document("a.md", "# x\n\ny\n"), Document("b.py", "# only this\n"), Document("c.py", "x = 1\n")]
+    context = pack_documents(documents, [], LETTERS, Packing(levels=(("*", "code"),)), 9999)
+    assert text_of(context).startswith("Files:\na.md\nb.py (name only)\nc.py (code)\n\n=== a.md ===\n# x\n\ny\n")
+    (place,) = context.locate(context.files[1].start, context.tokens)
+    assert (place.path, place.first_line) == ("c.py", 1)
+
+
 def test_dropping_keeps_what_matters_and_names_the_rest(capsys) -> None:
     whole = pack_documents(FILES, [], LETTERS, Packing(), 9999)
     room = whole.tokens - 60
