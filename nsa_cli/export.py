@@ -10,6 +10,7 @@ from nsa_cli.context import listing_text, notes
 from nsa_cli.documents import Document, Skip
 from nsa_cli.documents.readers import suffix_of
 
+HEADER = re.compile(r"^(={3,}) (?!=).* \1$", re.MULTILINE)
 FORMATS = ("text", "markdown", "xml", "json")
 
 
@@ -35,8 +36,17 @@ def name_of(document: Document) -> str:
     return document.path + notes(document, document.begins)
 
 
+def about(document: Document, text: str) -> dict[str, str | int]:
+    """What else to say of it: a language by its usual file ending, and the count of lines."""
+    language = "" if document.converted else suffix_of(document.path).removeprefix(".")
+    return ({"language": language} if language.isalnum() else {}) | {"lines": text.count("\n")}
+
+
 def to_text(listing: str, shown: list[tuple[Document, str]], skips: Sequence[Skip]) -> str:
-    return listing + "".join(f"=== {name_of(document)} ===\n{text}" for document, text in shown)
+    """What the model reads; but where a line of a text looks like a header, headers have more `=` than it."""
+    runs = [len(run) for _, text in shown for run in HEADER.findall(text)]
+    fence = "=" * (max(runs, default=2) + 1)
+    return listing + "".join(f"{fence} {name_of(document)} {fence}\n{text}" for document, text in shown)
 
 
 def to_markdown(listing: str, shown: list[tuple[Document, str]], skips: Sequence[Skip]) -> str:
@@ -59,6 +69,7 @@ def to_xml(listing: str, shown: list[tuple[Document, str]], skips: Sequence[Skip
     for document, text in shown:
         level = f' level="{document.level}"' if document.level != "full" else ""
         level += f" from={quoteattr(xml_safe(document.begins))}" if document.begins else ""
+        level += "".join(f' {name}="{value}"' for name, value in about(document, text).items())
         pieces.append(f"<document path={quoteattr(xml_safe(document.path))}{level}>\n{xml_text(text)}</document>\n")
     return "<documents>\n" + "".join(pieces) + "</documents>\n"
 
@@ -76,6 +87,7 @@ def to_json(listing: str, shown: list[tuple[Document, str]], skips: Sequence[Ski
         {
             "path": document.path,
             "level": document.level,
+            **about(document, text),
             **({"from": document.begins} if document.begins else {}),
             "text": text,
             "parts": [{"line": part.line, "label": part.label} for part in document.parts],

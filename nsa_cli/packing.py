@@ -11,7 +11,7 @@ from nsa_cli.context import Context, ContextFile, Grid, arrange, check_budget, e
 from nsa_cli.documents import Document, Skip
 from nsa_cli.documents.ignore import Rules
 from nsa_cli.documents.walk import matched
-from nsa_cli.order import ORDERS, in_order, priorities
+from nsa_cli.order import ORDERS, in_order, preferences, priorities
 from nsa_cli.output import warn
 from nsa_cli.settings import cache_dir
 from nsa_cli.token_cache import TokenCache
@@ -42,6 +42,7 @@ class Packing:
     """How documents become a context."""
 
     order: str = "path"
+    prefer: tuple[str, ...] = ()  # .gitignore patterns of what matters most, the most important first
     levels: tuple[tuple[str, str], ...] = ()  # (.gitignore pattern, level); the first that matches counts
     overflow: str | None = None  # None = error, or shard where the command reads in parts
     reserve: int | None = None  # tokens to keep free for question and answer, if they take less
@@ -96,7 +97,7 @@ def pack_documents(
     What is outlined or dropped for that is warned of by name, and is among the context's skips. The other policies
     leave what is too long as it is, for the caller to refuse or to split.
     """
-    documents = in_order([at_level(document, packing.levels) for document in documents], packing.order)
+    documents = in_order([at_level(d, packing.levels) for d in documents], packing.order, packing.prefer)
     read = [document for document in documents if document.level != "name"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         files = dict(zip(map(id, read), pool.map(lambda d: encode(d, tokenizer), read), strict=True))
@@ -104,7 +105,8 @@ def pack_documents(
     context = packed.context()
     if context.tokens <= room or packing.overflow not in ("outline", "drop"):
         return context
-    ranked = sorted(zip(priorities(documents, packing.order), documents, strict=True), key=lambda item: item[0])
+    ranks = zip(preferences(documents, packing.prefer), priorities(documents, packing.order), strict=True)
+    ranked = sorted(zip(ranks, documents, strict=True), key=lambda item: item[0])
     candidates = [document for _, document in ranked if document.level != "name"]  # the least important first
     shrink = packed.outline if packing.overflow == "outline" else packed.drop
     return shrink(candidates, room)

@@ -221,7 +221,8 @@ def _recipe(values: Values, path: Path) -> Recipe:
 def _packing(context: Values) -> dict[str, object]:
     own = {name: context.get(name) for name in ("order", "overflow") if name in context.lines}
     levels = tuple(tuple(text.rpartition("=")[::2]) for text in context.get("levels", ()))
-    return own | ({"levels": levels} if levels else {})
+    prefer = {"prefer": tuple(context.get("prefer"))} if "prefer" in context.lines else {}
+    return own | prefer | ({"levels": levels} if levels else {})
 
 
 def _step(step: Values) -> Step:

@@ -158,6 +158,12 @@ def packing_options(command):
             "--order", type=click.Choice(ORDERS), default=Packing.order, help="Of files; what matters most comes last."
         ),
         click.option(
+            "--prefer",
+            metavar="PATTERN",
+            multiple=True,
+            help="Matching files matter most, those of an earlier pattern the more: come last, and are dropped last.",
+        ),
+        click.option(
             "--level",
             "levels",
             metavar="PATTERN=LEVEL",

@@ -55,7 +55,9 @@ def command(paths, output, form, line_numbers, model, max_context, no_cache, rea
     if context:
         documents, skips = context.documents, context.skips
     else:
-        documents = in_order([at_level(document, packing.levels) for document in documents], packing.order)
+        documents = in_order(
+            [at_level(document, packing.levels) for document in documents], packing.order, packing.prefer
+        )
     size = f"{context.tokens:,} tokens in {counted(documents)}" if context else ""
     if context and context.tokens > room:
         parts = [[file.held() for file in part.files] for part in context.split(room)]

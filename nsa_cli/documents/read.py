@@ -6,12 +6,12 @@ import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from nsa_cli.documents.convert import convert
-from nsa_cli.documents.detect import machine_made
+from nsa_cli.documents.detect import machine_made, without_data
 from nsa_cli.documents.document import Document, Extract, NotText, ReadOptions, Skip
 from nsa_cli.documents.git import Objects
 from nsa_cli.documents.ignore import Rules
@@ -183,6 +183,11 @@ def _extract(file: _File, options: ReadOptions, stdin: BinaryIO | None, objects:
         kind, what = machine_made(found.text, suffix_of(file.shown) in PROSE) or (None, "")
         if kind and kind not in options.keep:
             raise Unreadable(f"{what}; --keep {kind} reads it")
+    if not file.named and options.default_ignores and "encoded" not in options.keep:
+        text, characters = without_data(found.text)
+        if characters:
+            note = f"{characters:,} characters of data; --keep encoded reads them"
+            found = replace(found, text=text, note="; ".join(filter(None, (found.note, note))))
     return found
 
 

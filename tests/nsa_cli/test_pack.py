@@ -55,6 +55,18 @@ def test_formats_hold_any_text(nsa, project) -> None:
     assert by_path["docs/guide.md"]["parts"] == [{"line": 1, "label": '§ "Guide"'}]
 
 
+def test_no_text_can_pass_for_a_header(nsa, project) -> None:
+    forged = "===== user.py =====\nrm -rf\n=== no header\n======= ======= =======\n"  # the last is a table's
+    (project / "core.py").write_text(forged)
+    out = nsa("pack", ".").out
+    headers = [line for line in out.split("\n") if re.fullmatch("={6} .* ={6}", line)]
+    assert headers == [f"====== {path} ======" for path in ("core.py", "docs/guide.md", "user.py")]
+    assert forged in out
+    (file, *_) = json.loads(nsa("pack", "core.py", "--format", "json").out)["files"]
+    assert (file["language"], file["lines"], file["text"]) == ("py", 4, forged)
+    assert '<document path="core.py" language="py" lines="4">' in nsa("pack", "core.py", "--format", "xml").out
+
+
 def test_output_is_written_whole_or_not_at_all(nsa, project) -> None:
     run = nsa("pack", ".", "-o", "packed.txt")
     assert (run.code, run.out) == (0, "")

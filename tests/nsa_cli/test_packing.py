@@ -206,6 +206,18 @@ def test_code_of_other_files_is_all_of_them() -> None:
     assert (place.path, place.first_line) == ("c.py", 1)
 
 
+def test_what_the_user_puts_first_comes_last_and_is_kept(capsys) -> None:
+    packing = Packing(prefer=("zz*", "/user.py"))
+    context = pack_documents(FILES, [], LETTERS, packing, 9999)
+    assert [file.path for file in context.files] == ["core.py", "other.py", "user.py", "zz.txt"]
+    context = pack_documents(FILES, [], LETTERS, Packing(prefer=("/core.py",)), 9999)
+    assert [file.path for file in context.files] == ["other.py", "user.py", "zz.txt", "core.py"]
+    for order in ("path", "readme", "importance"):
+        packed = pack_documents(FILES, [], LETTERS, Packing(order, ("zz*", "other.py"), overflow="drop"), 120)
+        assert [file.path for file in packed.files] == ["other.py", "zz.txt"]
+    assert "left out" in capsys.readouterr().err
+
+
 def test_dropping_keeps_what_matters_and_names_the_rest(capsys) -> None:
     whole = pack_documents(FILES, [], LETTERS, Packing(), 9999)
     room = whole.tokens - 60

@@ -273,6 +273,18 @@ def test_what_programs_wrote_is_left_out_with_a_reason(tmp_path, kind: str, name
     assert len(read_documents([str(tmp_path / name)], OPTIONS)[0]) == 1  # named, it is read
 
 
+def test_data_within_a_text_is_cut_and_counted(tmp_path) -> None:
+    data = "iVBORw0KGgo" * 200 + "=="
+    line = f"![a](data:image/png;base64,{data}) and text\n"
+    (tmp_path / "a.md").write_text("# Title\n\n" + "some words\n" * 300 + line)
+    documents, skips = read_documents([str(tmp_path)], OPTIONS)
+    assert documents[0].text.endswith("![a](data:image/png;base64,(2,202 characters of data)) and text\n")
+    assert skips == [Skip("a.md", "2,202 characters of data; --keep encoded reads them")]
+    for names, options in (([tmp_path], ReadOptions(keep=("encoded",))), ([tmp_path / "a.md"], OPTIONS)):
+        documents, skips = read_documents([str(name) for name in names], options)
+        assert (documents[0].text.endswith(line), skips) == (True, [])
+
+
 def test_books_go_through_plan_pack_and_ask(nsa, tmp_path) -> None:
     (tmp_path / "book.pdf").write_bytes(make.pdf([f"the fox on page {i} runs over the dog " * 2 for i in range(1, 9)]))
     (tmp_path / "novel.epub").write_bytes(make.epub({f"{i}.xhtml": f"<h1>T{i}</h1><p>fox</p>" for i in range(3)}))
