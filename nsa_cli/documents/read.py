@@ -84,6 +84,8 @@ def _read(files: Iterator[_File], options: ReadOptions, stdin: BinaryIO | None) 
 
 def _files(paths: Sequence[str], options: ReadOptions) -> Iterator[_File]:
     """Named files first, so that one which a directory holds too counts as named."""
+    if "" in paths:
+        raise InputError("a path is empty, as an unset variable of a shell is; . is the folder that you are in")
     exclude = Rules().adding("", options.exclude)
     paths = [found for path in paths for found in expanded(path)]
     listed = set(options.listed) - set(paths)

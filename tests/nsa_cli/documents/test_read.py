@@ -118,6 +118,7 @@ def test_stdin_is_a_document_among_others(tree) -> None:
     "name, content, message",
     [
         ("missing.txt", None, "no such file or directory: missing.txt"),
+        ("", None, "a path is empty, as an unset variable of a shell is; . is the folder that you are in"),
         ("image.png", b"\x89PNG\r\n\0", "image.png: binary (PNG image)"),
         ("empty.txt", b"\n", "empty.txt: empty"),
         ("-", b"", "<stdin>: empty"),
