@@ -8,13 +8,9 @@ import click
 
 from nsa_cli.answer import Answer, answers, require_citations, show, silent
 from nsa_cli.commands.options import (
-    answer_options,
-    checkpoint_options,
-    document_options,
-    json_option,
     output_option,
-    packing_options,
     paths_or_stdin,
+    question_options,
     strict_option,
     verbosity_options,
 )
@@ -36,11 +32,7 @@ from nsa_models.errors import InputError
     "--schema", metavar="FILE|FIELDS", help="Answer in JSON of this schema: a file, or 'name, age int, tags str[]'."
 )
 @strict_option
-@document_options
-@packing_options
-@answer_options
-@checkpoint_options
-@json_option
+@question_options
 @output_option
 @verbosity_options
 def command(arguments, asked, questions, schema, strict, read, packing, request, checkpoint, as_json) -> None:

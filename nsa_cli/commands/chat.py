@@ -7,12 +7,8 @@ from contextlib import suppress
 import click
 
 from nsa_cli.commands.options import (
-    answer_options,
-    checkpoint_options,
-    document_options,
-    json_option,
-    packing_options,
     paths_or_stdin,
+    question_options,
     verbosity_options,
 )
 from nsa_cli.completion import complete_paths
@@ -25,11 +21,7 @@ PROMPT = "> "
 
 @click.command("chat")
 @click.argument("paths", nargs=-1, metavar="PATH...", shell_complete=complete_paths)
-@document_options
-@packing_options
-@answer_options
-@checkpoint_options
-@json_option
+@question_options
 @verbosity_options
 def command(paths, read, packing, request, checkpoint, as_json) -> None:
     """Talk about the files and folders at PATH: they are read once, and each question knows those before it.

@@ -29,8 +29,10 @@ __all__ = [
     "document_options",
     "json_option",
     "output_option",
+    "model_option",
     "packing_options",
     "paths_or_stdin",
+    "question_options",
     "strict_option",
     "verbosity_options",
 ]
@@ -192,13 +194,7 @@ def checkpoint_options(command):
 
     return _add(
         with_checkpoint,
-        _option(
-            "--model",
-            "-m",
-            metavar="NAME|PATH",
-            shell_complete=complete_models,
-            help="Installed model or checkpoint directory.",
-        ),
+        model_option("Installed model or checkpoint directory."),
         _option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: a GPU if there is one."),
         _option("--threads", type=click.IntRange(1), help="CPU threads. Default: one per core."),
     )
@@ -239,6 +235,20 @@ def answer_options(command):
         click.option("--no-cache", is_flag=True, help="Neither use nor keep stored contexts."),
         _option("--evidence", type=click.IntRange(0), default=Request.evidence, help="Most places to name; 0 = none."),
     )
+
+
+def question_options(command):
+    """Add what every command that asks a model about documents takes: it gets a `read`, a `packing`, a `request`, a
+    `checkpoint` and `as_json`.
+    """
+    for add in (json_option, checkpoint_options, answer_options, packing_options, document_options):
+        command = add(command)
+    return command
+
+
+def model_option(help: str):
+    """--model; the command gets its name or path, or None."""
+    return _option("--model", "-m", metavar="NAME|PATH", shell_complete=complete_models, help=help)
 
 
 def _option(*names: str, **settings):

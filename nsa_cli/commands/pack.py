@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from nsa_cli.checkpoint import Checkpoint
-from nsa_cli.commands.options import document_options, packing_options, paths_or_stdin, verbosity_options
+from nsa_cli.commands.options import document_options, model_option, packing_options, paths_or_stdin, verbosity_options
 from nsa_cli.context import Context, Grid, check_budget, parse_tokens
 from nsa_cli.documents import Document, Skip, read_documents
 from nsa_cli.export import FORMATS, export
@@ -27,7 +27,7 @@ NO_LIMIT = 1 << 62
 @click.option("--output", "-o", metavar="FILE", help="Write to FILE, whole or not at all; - is stdout.")
 @click.option("--format", "form", type=click.Choice(FORMATS), default="text", show_default=True, help="Of the text.")
 @click.option("--line-numbers", "-n", is_flag=True, help="Put the file's line number before each line.")
-@click.option("--model", "-m", metavar="NAME|PATH", envvar="NSA_MODEL", show_envvar=True, help="Whose tokens to count.")
+@model_option("Whose tokens to count.")
 @click.option("--max-context", type=parse_tokens, metavar="TOKENS", help="Most tokens of the text. Default: no limit.")
 @click.option("--no-cache", is_flag=True, help="Keep no token counts for the next time.")
 @document_options

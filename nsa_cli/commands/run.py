@@ -6,13 +6,9 @@ from click.shell_completion import CompletionItem
 
 from nsa_cli.answer import show, silent
 from nsa_cli.commands.options import (
-    answer_options,
-    checkpoint_options,
-    document_options,
-    json_option,
     output_option,
-    packing_options,
     paths_or_stdin,
+    question_options,
     verbosity_options,
 )
 from nsa_cli.completion import complete_paths, complete_recipes
@@ -71,11 +67,7 @@ def describe(name: str) -> str:
 def recipe_command(recipe: Recipe) -> click.Command:
     """The command that runs this recipe. Raises InputError if a parameter is called like an option of every command."""
 
-    @document_options
-    @packing_options
-    @answer_options
-    @checkpoint_options
-    @json_option
+    @question_options
     @output_option
     @verbosity_options
     def run(paths, read, packing, request, checkpoint, as_json, **given) -> None:
