@@ -145,10 +145,23 @@ class Packed:
         return arrange(self.documents, files, self.tokenizer, self.skips, self.grid)
 
     def drop(self, candidates: list[Document], room: int) -> Context:
-        """Keep what matters most: every file, from the most important on, that still fits beside those before it."""
+        """Keep what matters most: every file, from the most important on, that still fits beside those before it; and
+        what is only named, unless the names leave no room for a file.
+        """
         whole = self.documents
-        names = sum(self.cost(d) for d in whole if d.level == "name")
-        target = room - names - len(self.tokenizer.encode("Files:\n\n"))
+        named = [d for d in whole if d.level == "name"]
+        kept = self.fitting(candidates, named, room) or self.fitting(candidates, [], room)
+        if not kept:
+            return self.context()
+        self.documents = [d for d in whole if id(d) in kept]
+        gone = [d for d in whole if id(d) not in kept]
+        self.report("left out", gone, [file.tokens if (file := self.files.get(id(d))) else 0 for d in gone], room)
+        return self.context()
+
+    def fitting(self, candidates: list[Document], named: list[Document], room: int) -> set[int]:
+        """The ids of `named` and of the candidates that fit beside them; none if no candidate does."""
+        whole = self.documents
+        target = room - sum(map(self.cost, named)) - len(self.tokenizer.encode("Files:\n\n"))
         if self.grid:
             target -= self.grid.block * len(whole) // 2
         while True:
@@ -157,17 +170,13 @@ class Packed:
                 if (cost := self.cost(document)) <= left:
                     kept.add(id(document))
                     left -= cost
-            self.documents = [d for d in whole if id(d) in kept or d.level == "name"]
-            context = self.context()
-            if context.tokens <= room or not kept:
-                break
-            target -= context.tokens - room  # a list of names takes other tokens than its names, and so does the grid
-        if not context.files:
-            self.documents = whole
-            return self.context()
-        gone = [d for d in whole if d.level != "name" and id(d) not in kept]
-        self.report("left out", gone, [self.files[id(d)].tokens for d in gone], room)
-        return self.context()
+            if not kept:
+                return kept
+            beside = kept | set(map(id, named))
+            tokens = replace(self, documents=[d for d in whole if id(d) in beside]).context().tokens
+            if tokens <= room:
+                return beside
+            target -= tokens - room  # a list of names takes other tokens than its names, and so does the grid
 
     def cost(self, document: Document) -> int:
         """Tokens of a document and of its name in the list of files."""

@@ -13,7 +13,8 @@ GENERATED = re.compile(
 )
 
 
-DATA = re.compile(r"[A-Za-z0-9+/_-]{1000,}={0,2}")  # a picture in a page, a key in a configuration
+# A picture in a page, a key in a configuration. Tried where a run begins: runs of 999 took 0.4 s a MB, not 0.008.
+DATA = re.compile(r"(?<![A-Za-z0-9+/_-])[A-Za-z0-9+/_-]{1000,}={0,2}")
 
 
 def without_data(text: str) -> tuple[str, int]:

@@ -234,6 +234,16 @@ def test_dropping_keeps_what_matters_and_names_the_rest(capsys) -> None:
     )  # nothing would be left
 
 
+def test_names_go_where_they_leave_no_room_for_a_file(capsys) -> None:
+    names = [Document(f"some/folder/{i}.txt", "x\n") for i in range(40)]
+    packing = Packing(levels=(("some", "name"),), overflow="drop")
+    context = pack_documents([*FILES, *names], [], LETTERS, packing, 400)
+    assert context.tokens <= 400 and {file.path for file in context.files} >= {"core.py", "zz.txt"}
+    assert "some/ (40 files, 0)" in capsys.readouterr().err
+    context = pack_documents([*FILES, *names], [], LETTERS, packing, 1500)
+    assert len(context.documents) > 40 and context.files
+
+
 def test_outlining_spares_what_matters(capsys) -> None:
     long = [Document(f"m{i}.py", f"def f{i}():\n" + "    call_the_core()\n" * 20) for i in range(5)]
     documents = [*long, Document("core.py", "def call_the_core():\n" + "    pass\n" * 30)]
