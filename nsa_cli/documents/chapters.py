@@ -1,4 +1,4 @@
-"""Where chapters begin in a plain book and sections in Markdown, and how a text is cut there."""
+"""Where chapters begin in a plain book and sections in Markdown and reStructuredText, and how a text is cut there."""
 
 import re
 from collections import Counter
@@ -34,6 +34,8 @@ NUMERAL = re.compile(r"\s*(?P<number>[IVXLC]{1,7})\.?\s*")
 
 FENCE = re.compile(r" {0,3}(```+|~~~+)")
 UNDERLINE = re.compile(r"={3,}|-{3,}")
+RULE = re.compile(r"([-=`:'\"~^_*+#<>.])\1{2,}")
+MAX_LEVEL = 3  # of a heading that is cited
 HEADING = re.compile(r" {0,3}(#{1,3})\s+(.+?)\s*#*\s*$")
 
 
@@ -111,6 +113,12 @@ def book_parts(text: str) -> tuple[Part, ...]:
         # Where no text follows, what is no outer division is a line of a table of contents.
         begin = opening.line if not has_text and opening.kind != "inner" else None
     return tuple(parts) if numbered > 1 else ()
+
+
+def plain_parts(text: str) -> tuple[Part, ...]:
+    """The chapters of a plain text; else its underlined titles, if there are several."""
+    found = book_parts(text) or rst_parts(text)
+    return found if len(found) > 1 else ()
 
 
 def _openings(lines: list[str], reading) -> Iterator[Opening]:
@@ -201,4 +209,18 @@ def markdown_parts(text: str) -> tuple[Part, ...]:
             elif UNDERLINE.fullmatch(line) and before.strip() and not second.strip() and before[0] not in "|>#-*`":
                 parts.append(Part(number - 1, f'§ "{before.strip()}"', 1 if line[0] == "=" else 2))
         before, second = line, before
+    return tuple(parts)
+
+
+def rst_parts(text: str) -> tuple[Part, ...]:
+    """`§ "title"` for each title that is underlined, and perhaps overlined too; what comes first is the outermost."""
+    lines = [line.rstrip() for line in text.split("\n")]
+    parts, levels = [], {}
+    for number, (above, line, below) in enumerate(zip(["", *lines], lines, lines[1:], strict=False), 1):
+        overlined = above == below
+        is_title = line and not RULE.fullmatch(line) and RULE.fullmatch(below) and len(below) >= len(line)
+        if is_title and (overlined or not (above or line[0].isspace())):
+            level = levels.setdefault((below[0], overlined), len(levels) + 1)
+            if level <= MAX_LEVEL:
+                parts.append(Part(number - overlined, f'§ "{line.strip()}"', level))
     return tuple(parts)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 
 from nsa_cli.documents.archive import Archive
-from nsa_cli.documents.chapters import book_parts, markdown_parts
+from nsa_cli.documents.chapters import markdown_parts, plain_parts, rst_parts
 from nsa_cli.documents.decode import decode
 from nsa_cli.documents.document import Extract, NotText, ReadOptions
 from nsa_cli.documents.docx import read_docx
@@ -25,7 +25,8 @@ TEXTS: dict[str, Callable[[str], Extract]] = {
     ".xhtml": read_html,
     ".ipynb": read_notebook,
     **dict.fromkeys((".md", ".markdown", ".mdx"), lambda text: Extract(text, markdown_parts(text))),
-    **dict.fromkeys((".txt", ".text", ""), lambda text: Extract(text, book_parts(text))),
+    ".rst": lambda text: Extract(text, rst_parts(text)),
+    **dict.fromkeys((".txt", ".text", ""), lambda text: Extract(text, plain_parts(text))),
 }
 BOOKS = frozenset((".pdf", ".epub", ".docx", ".rtf"))  # their bytes are not text: another limit of size
 PROSE = frozenset((".txt", ".text", ".md", ".markdown", ".rst", ".tex", "", *BOOKS, *TABLES))  # long lines are theirs

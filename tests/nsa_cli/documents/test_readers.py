@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsa_cli.documents import Document, ReadOptions, Skip, read_documents
-from nsa_cli.documents.chapters import book_parts, markdown_parts
+from nsa_cli.documents.chapters import book_parts, markdown_parts, rst_parts
 from nsa_cli.documents.document import NotText, Part
 from nsa_cli.documents.readers import extract
 from tests.nsa_cli.documents import make
@@ -219,6 +219,45 @@ def test_chapters_of_a_plain_book() -> None:
 def test_sections_of_markdown() -> None:
     text = "---\ntitle: x\n---\n\n# One\n\n```sh\n# no heading\n```\n\nTwo\n---\n\n#### deep\n### Three ###\n"
     assert markdown_parts(text) == (Part(5, '§ "One"', 1), Part(11, '§ "Two"', 2), Part(15, '§ "Three"', 3))
+
+
+RST = """====
+Book
+====
+
+One
+===
+
+=====  ===
+A      B
+=====  ===
+
+Deep
+----
+
+a longer title than its line
+===
+
+Three
+=====
+
+  moved in
+  --------
+
+more
+text
+----
+
+Deeper
+~~~~~~
+"""
+
+
+def test_sections_of_restructuredtext() -> None:
+    parts = rst_parts(RST)
+    assert parts == (Part(1, '§ "Book"', 1), Part(5, '§ "One"', 2), Part(12, '§ "Deep"', 3), Part(18, '§ "Three"', 2))
+    assert read(RST.encode(), "a.rst").parts == read(RST.encode(), "a.txt").parts == parts
+    assert read(b"One\n===\n", "a.txt").parts == ()  # a rule below a line may be chance
 
 
 @settings(max_examples=60, deadline=None)
