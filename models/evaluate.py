@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nsa_models.cache import Cache
 from nsa_models.comparators import COMPARATORS
+from nsa_models.cost import keys_read
 from nsa_models.errors import InputError
 from nsa_models.training.data import Corpus, Layout, make_task
 from nsa_models.training.tasks import Task, Unsuitable, is_right
@@ -33,12 +34,8 @@ class Measure:
 
 
 def tokens_read(model: NSAModel, attention: str, length: int) -> int:
-    """Keys that the last query of a context of `length` tokens reads per key head: T/d + n l' + w (paper table 4), for
-    comparators too; all of them are read where that is more than there are.
-    """
-    v = model.config.variant
-    sparse = v.compressed_count(length) + v.select_count * v.select_block + v.window
-    return length if attention == "full" else min(sparse, length)
+    """Keys that the last query of a context of `length` tokens reads per key head; comparators read as many as NSA."""
+    return length if attention == "full" else keys_read(model.config, length)
 
 
 class Reader:

@@ -12,11 +12,11 @@ from nsa_cli.documents import Document, ReadOptions, Skip, read_documents
 from nsa_cli.held import Held
 from nsa_cli.jobs import Job, groups
 from nsa_cli.output import describe, progress, say, say_skipped
-from nsa_cli.packing import Packing, pack
+from nsa_cli.packing import Packing, pack, room_beside
 from nsa_cli.recipe import Recipe, find_recipe, load_recipe
 from nsa_cli.records import RecordFile, RecordStream
 from nsa_cli.steps import pack_for, run_recipe
-from nsa_cli.summarize import answer_in_parts
+from nsa_cli.summarize import ask_about
 from nsa_models.errors import BatchError, InputError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Settings:
 
     def digest(self, job: Job, model: str) -> str:
         """12 hex digits of what an answer depends on: the job, these settings and the model (its fingerprint)."""
-        request = replace(self.request, held=None, use_store=True)  # neither changes an answer
+        request = replace(self.request, held=None, store="use", fit=False)  # neither changes an answer
         about = [asdict(replace(job, line=0, id=None)), asdict(request), asdict(self.read), self.reproducible, model]
         about += [asdict(self.packing)] if self.packing != Packing() else []
         if job.recipe:
@@ -110,7 +110,7 @@ class Worker:
                 reply = self.answer(task)
                 result = reply.to_json()
                 if self.settings.reproducible:
-                    del result["timings"], result["usage"]["cached_tokens"]
+                    del result["timings"], result["peak_memory_bytes"], result["usage"]["cached_tokens"]
                 if task.recipe:
                     reply.require()
         except Exception as error:
@@ -123,7 +123,8 @@ class Worker:
         if task.recipe:
             reply = run_recipe(self.checkpoint, task.recipe, context, self.request, silent, self.settings.explicit)
         elif self.settings.packing.overflow == "shard":
-            reply = answer_in_parts(self.checkpoint, context, question, self.request, silent)
+            room = room_beside(self.checkpoint, question, self.request, self.settings.packing)
+            (reply,) = ask_about(self.checkpoint, context, [question], self.request, room, silent)
         else:
             reply = answer(self.checkpoint, context, question, self.request, silent)
         if reply.finish_reason == "interrupted":

@@ -58,7 +58,8 @@ def command(
 
     With `--engine ray` (pip install 'nsa[ray]') the workers of a Ray cluster answer. nsa and the model must be
     installed on its machines; documents and recipes are read here. Jobs about the same document stay with one worker;
-    the job of a worker that dies is tried again, three times at most.
+    the job of a worker that dies is tried again, three times at most. Where a cluster asks for a token, set
+    RAY_AUTH_MODE=token, as for Ray itself.
 
     \b
       nsa batch jobs.jsonl -o answers.jsonl
@@ -71,7 +72,7 @@ def command(
         raise click.UsageError("--address and --workers are for --engine ray")
     listed = parse_jobs(read_jobs(jobs, output))
     settings = Settings(read, request, reproducible, typed(request, packing), packing)
-    digests = {job.key: settings.digest(job, checkpoint.model.fingerprint) for job in listed}
+    digests = {job.key: settings.digest(job, checkpoint.identity) for job in listed}
     with open_records(output, digests, restart) as records:
         run_batch(listed, make_engine(engine, checkpoint, settings, **cluster), records, keep_going)
 
