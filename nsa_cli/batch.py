@@ -15,6 +15,7 @@ from nsa_cli.output import describe, progress, say, say_skipped
 from nsa_cli.packing import Packing, pack, room_beside
 from nsa_cli.recipe import Recipe, find_recipe, load_recipe
 from nsa_cli.records import RecordFile, RecordStream
+from nsa_cli.schema import parse_schema
 from nsa_cli.steps import pack_for, run_recipe
 from nsa_cli.summarize import ask_about
 from nsa_models.errors import BatchError, InputError
@@ -119,16 +120,20 @@ class Worker:
 
     def answer(self, task: Task) -> Answer:
         context = self.pack(task)
-        question = task.job.question or ""
         if task.recipe:
             reply = run_recipe(self.checkpoint, task.recipe, context, self.request, silent, self.settings.explicit)
-        elif self.settings.packing.overflow == "shard":
-            room = room_beside(self.checkpoint, question, self.request, self.settings.packing)
-            (reply,) = ask_about(self.checkpoint, context, [question], self.request, room, silent)
         else:
-            reply = answer(self.checkpoint, context, question, self.request, silent)
+            reply = self.reply(context, task.job)
         if reply.finish_reason == "interrupted":
             raise KeyboardInterrupt
+        return reply
+
+    def reply(self, context: "Context", job: Job) -> Answer:
+        request = replace(self.request, schema=None if job.schema is None else parse_schema(job.schema))
+        if self.settings.packing.overflow != "shard":
+            return answer(self.checkpoint, context, job.question, request, silent)
+        room = room_beside(self.checkpoint, job.question, request, self.settings.packing)
+        (reply,) = ask_about(self.checkpoint, context, [job.question], request, room, silent)
         return reply
 
     def pack(self, task: Task) -> "Context":

@@ -47,8 +47,8 @@ def command(
 ) -> None:
     """Answer the JOBS of a file, or of standard input (`-`): one JSON object a line in, one a line out.
 
-    A job is {"id", "paths": [...] or "text", "question" or "recipe" with "params"}. Its record is what `nsa ask --json`
-    or `nsa run --json` prints, with the id; where that failed, "error" says why.
+    A job is {"id", "paths": [...] or "text", "question" with or without "schema", or "recipe" with "params"}. Its
+    record is what `nsa ask --json` or `nsa run --json` prints, with the id; where that failed, "error" says why.
 
     Records come in the order of the jobs. Jobs about the same document are answered together, so that it is read
     once; with -o each record is in the file as soon as it ends, and in its place when all have.
@@ -66,6 +66,7 @@ def command(
       nsa batch jobs.jsonl -o answers.jsonl --max-tokens 200 --fail-fast
       nsa batch jobs.jsonl -o answers.jsonl --order importance --overflow drop --reserve 1k
       nsa batch jobs.jsonl -o answers.jsonl --engine ray --address auto
+      echo '{"id": 1, "paths": ["bill.pdf"], "question": "Who is paid?", "schema": "name, amount float"}' | nsa batch -
       jq -c '{id: .n, paths: ["src"], question: .q}' questions.jsonl | nsa batch - | jq -r .answer
     """
     if engine == "local" and any(cluster.values()):

@@ -101,6 +101,9 @@ def test_errors_are_records_and_exit_code_7(nsa, docs):
         ('{"id": "string", "paths": "0.txt", "question": "b"}', "list of paths", "string", 3),
         ('{"id": "stdin", "paths": ["-"], "question": "b"}', "standard input", "stdin", 3),
         ('{"id": "blank", "text": "a", "question": " "}', "'question' must be", "blank", 3),
+        ('{"id": "form", "text": "a", "recipe": "b", "schema": "c"}', "beside a 'question'", "form", 3),
+        ('{"id": "form 2", "text": "a", "question": "b", "schema": 3}', "'schema' must be", "form 2", 3),
+        ('{"id": "form 3", "text": "a", "question": "b", "schema": "a b c"}', "is not a field", "form 3", 3),
         ('{"id": "params", "text": "a", "question": "b", "params": {}}', "beside a 'recipe'", "params", 3),
         ('{"id": "gone", "paths": ["gone.txt"], "question": "b"}', "no such file or directory: gone.txt", "gone", 3),
         ('{"id": "bin", "paths": ["image.bin"], "question": "b"}', "image.bin: binary", "bin", 3),
@@ -117,6 +120,16 @@ def test_errors_are_records_and_exit_code_7(nsa, docs):
         assert says in message(record), record
         assert (record["id"], record["error"]["exit_code"], "answer" in record) == (id, exit_code, False)
     assert last["id"] == "good" and last["answer"]
+
+
+def test_a_job_may_ask_for_json(nsa, docs):
+    form = {"enum": ["fox", "dog"]}
+    jobs = [{"id": i, "paths": ["0.txt"], "question": "who?"} | more for i, more in enumerate([{}, {"schema": form}])]
+    plain, formed = records_of(nsa("batch", "-", *SHORT, stdin=lines_of(*jobs)).out)
+    assert "data" not in plain and formed["data"] in form["enum"] and json.loads(formed["answer"]) == formed["data"]
+    assert formed["answer"] + "\n" == nsa("ask", "0.txt", "who?", "--schema", json.dumps(form), *SHORT).out
+    cut = nsa("batch", "-", "--max-tokens", 2, stdin=lines_of(jobs[1] | {"schema": "name"}))
+    assert cut.code == 7 and records_of(cut.out)[0]["error"]["exit_code"] == 6
 
 
 def message(record: dict) -> str:
