@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nsa_cli.checkpoint import Checkpoint
 from nsa_cli.citations import Citation, check_citations, texts_in
-from nsa_cli.evidence import Evidence, find_evidence
+from nsa_cli.evidence import Evidence, counted_tokens, find_evidence
 from nsa_cli.held import Held
 from nsa_cli.output import VERBOSE, emit, progress, say, warn
 from nsa_cli.runlog import log_answer
@@ -371,7 +371,10 @@ def read_question(checkpoint: Checkpoint, rest: Sequence[int], around: "Prompt",
     model, document = checkpoint.model, len(rest) - len(around.after)
     if document:
         prefill(model, rest[:document], cache)
-    retrieval = RetrievalMass(checkpoint.config, cache.length)
+    text = checkpoint.tokenizer.decode(around.question)
+    ids, starts = checkpoint.tokenizer.encode_with_offsets(text)
+    counted = counted_tokens(text, starts) if ids == around.question else None  # bytes of no character have no word
+    retrieval = RetrievalMass(checkpoint.config, cache.length, counted)
     prefill(model, around.question, cache, retrieval=retrieval)
     return prefill(model, around.close, cache), retrieval
 

@@ -159,11 +159,6 @@ def report(error: Exception) -> int:
         traceback.print_exception(error)
     context = getattr(error, "ctx", None) if isinstance(error, click.UsageError) else None
     message, code = describe(error)
-    return _fail(message, code, f"Try '{context.command_path} --help'." if context else "")
-
-
-def _fail(message: str, code: int, hint: str = "") -> int:
-    say(f"nsa: {message}", QUIET, fg="red")
-    if hint:
-        say(hint, QUIET)
+    hint = f" (see {context.command_path} --help)" if context else ""
+    say(f"nsa: {message}{hint}", QUIET, fg="red")
     return code

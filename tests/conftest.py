@@ -36,6 +36,17 @@ def no_settings(tmp_path_factory) -> None:
     os.environ.pop("NSA_LOG", None)
 
 
+@pytest.fixture
+def one_thread():
+    """Operations of tiny models are slower on two, the more so beside other programs."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> bytes:
     """A byte-level BPE `tokenizer.json` of a few hundred tokens with ChatML's control tokens."""
@@ -59,11 +70,10 @@ def tiny_checkpoint(tmp_path_factory, tiny_tokenizer: bytes) -> Path:
     """A random NSA checkpoint for 32k tokens, with a chat template. It answers in letters and never ends by itself."""
     import json
 
-    import torch
     from tokenizers import Tokenizer
 
     from nsa_models import NSAConfig, save_model
-    from nsa_models.transformer import NSAModel
+    from tests.models.tiny import random_model
 
     tokenizer = Tokenizer.from_str(tiny_tokenizer.decode())
     config = NSAConfig(
@@ -80,12 +90,8 @@ def tiny_checkpoint(tmp_path_factory, tiny_tokenizer: bytes) -> Path:
         retrieval_heads=((1, 0),),
         eos_token_ids=(tokenizer.token_to_id("<|im_end|>"),),
     )
-    model = NSAModel(config)
-    generator = torch.Generator().manual_seed(0)
+    model = random_model(config)
     for name, parameter in model.named_parameters():
-        parameter.normal_(0, 0.3, generator=generator)
-        if "norm" in name:
-            parameter.add_(1)
         if "q_proj" in name:
             parameter.mul_(20)  # attention that prefers some keys to others, as a trained model's does
     wordless = [i for i in range(config.vocab_size) if not tokenizer.id_to_token(i).strip("Ġ").isascii()]

@@ -23,32 +23,14 @@ from nsa_models import Cache, NSAConfig, Sampling, decode, prefill
 from nsa_models.config import RopeScaling
 from nsa_models.errors import InputError
 from nsa_models.transformer import NSAModel
+from tests.models import tiny
 
-CONFIG = NSAConfig(
-    vocab_size=97,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=8,
-    intermediate_size=48,
-    max_position_embeddings=8192,
-    compress_block=8,
-    compress_stride=4,
-    select_block=16,
-    select_count=4,
-    window=32,
-)
+CONFIG = replace(tiny.CONFIG, max_position_embeddings=8192, gate_bias=False)
 PAPER = replace(CONFIG, branch_kv=True, compress_kind="mlp", compress_positions=True, compress_rope="after")
 
 
 def random_model(config: NSAConfig = CONFIG, seed: int = 0) -> NSAModel:
-    model = NSAModel(config)
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        p.normal_(0, 0.3, generator=generator)
-        if "norm" in name:
-            p.add_(1)
+    model = tiny.random_model(config, seed=seed)
     model.fingerprint = f"weights {seed}"
     return model
 
