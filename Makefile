@@ -6,7 +6,7 @@ DOCS ?= NOTICE
 MINUTES ?= 8.5
 QUESTION ?= Who made the base model?
 
-.PHONY: demo test needle delta lint format reference bench model clean
+.PHONY: demo test needle delta lint format reference bench bench-gpu model clean
 
 demo: model  ## ask about a file of this repository with the built-in model
 	$(BIN)/nsa ask $(DOCS) "$(QUESTION)" --max-tokens 60
@@ -33,6 +33,13 @@ reference: $(VENV)/installed  ## the page of every command's help
 
 bench: model
 	$(BIN)/nsa bench
+
+PARTS ?= forward backward decode groups-forward groups-backward small overflow
+bench-gpu: $(if $(NSA),,model)  ## what BENCHMARKS.md lists of a GPU, some 5 minutes a part; one: make bench-gpu PARTS=decode
+	mkdir -p gpu
+	for part in $(PARTS); do \
+		$(or $(NSA),$(BIN)/nsa) bench kernels --part $$part --minutes 8 | tee gpu/$$part.jsonl; done
+	$(or $(NSA),$(BIN)/nsa) bench goals gpu/*.jsonl
 
 model: $(VENV)/installed
 	$(BIN)/nsa models install

@@ -7,6 +7,7 @@ import importlib
 
 _EXPORTS = {
     "NativeSparseAttention": "module",
+    "Packing": "packing",
     "Phi": "reference",
     "Variant": "variant",
     "compress": "dispatch",

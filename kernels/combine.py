@@ -14,7 +14,7 @@ from nsa_kernels.tiles import load_rows, store_rows
 ROWS = 16  # (query, head) rows a program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward(cmp, slc, swa, gates, o, rows, DV: tl.constexpr, BDV: tl.constexpr, ROWS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < rows
@@ -30,7 +30,7 @@ def _gate(gates, row, there, branch: tl.constexpr):
     return tl.load(gates + row * 3 + branch, mask=there, other=0.0).to(tl.float32)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward(
     do, cmp, slc, swa, gates, d_cmp, d_slc, d_swa, d_gates, rows, DV: tl.constexpr, BDV: tl.constexpr,
     ROWS: tl.constexpr,

@@ -22,7 +22,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.tiles import last_dense, load_tile, positive_scale, split_width, store_tile, target_of
+from nsa_kernels.tiles import (
+    dot,
+    dot_pair,
+    last_dense,
+    load_pair,
+    load_rows,
+    load_tile,
+    load_tile_pair,
+    positive_scale,
+    split_width,
+    store_tile,
+    target_of,
+)
 from nsa_kernels.variant import Variant
 
 
@@ -144,14 +156,16 @@ def _strides(q: Tensor, *caches: Tensor) -> tuple[int, ...]:
 
 def _options(q: Tensor, v: Tensor) -> dict[str, int]:
     """BN tokens a tile. At D = Dv = 64 in bfloat16 a tile of keys and values is 16 KB, and three stages let four
-    programs share an SM: 128 KB in flight, five times what 4.8 TB/s and 700 ns of latency need from each of 132.
+    programs share an SM: 128 KB in flight, five times what 4.8 TB/s and 700 ns of latency need from each of 132. Groups
+    of 128 on four warps spill 15 KB a thread on sm_80.
     """
     target, wide = target_of(q), max(q.shape[-1], v.shape[-1]) > 64
+    warps = 4 if q.shape[1] // v.shape[1] < 64 else 8
     if target == "cpu":
         return dict(BN=16)
     if target.startswith("hip") or q.element_size() == 4:  # 64 KB of shared memory; float32 doubles what a tile takes
-        return dict(BN=32, num_warps=4, num_stages=2 if not wide else 1)
-    return dict(BN=64, num_warps=4, num_stages=2 if wide else 3)
+        return dict(BN=32, num_warps=warps, num_stages=2 if not wide else 1)
+    return dict(BN=64, num_warps=warps, num_stages=2 if wide else 3)
 
 
 def _programs(q: Tensor) -> int:
@@ -205,15 +219,12 @@ def _attend_rows(
     q1, q2, k1, k2, v, visible, scale2, acc, l, m, D2: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
     """BN keys into the running softmax of a group's heads. Returns its state and the scores in base 2."""
-    s = tl.dot(q1, k1.T, tl.zeros((GP, BN), tl.float32), input_precision="ieee")
-    if D2 > 0:
-        s = tl.dot(q2, k2.T, s, input_precision="ieee")
-    s = tl.where(visible[None, :], s * scale2, float("-inf"))
+    s = tl.where(visible[None, :], dot_pair(q1, q2, k1, k2, GP, BN, D2) * scale2, float("-inf"))
     higher = tl.maximum(m, tl.max(s, 1))
     base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet: p = exp2(-inf) = 0, not NaN
     p = tl.math.exp2(s - base[:, None])
     shrink = tl.math.exp2(m - base)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    acc = dot(p.to(v.dtype), v, acc * shrink[:, None])
     return acc, l * shrink + tl.sum(p, 1), higher, s
 
 
@@ -235,7 +246,7 @@ def _compressed_count(length, L: tl.constexpr, STRIDE: tl.constexpr):
     return tl.where(length < L, 0, (length - L) // STRIDE + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "parts"])
 def _stream_part(
     Q, K, V, PART, LSE, SCORE, LENGTHS, sq_b, sq_h, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t, width, scale, parts,
     L: tl.constexpr, STRIDE: tl.constexpr, SCORES: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
@@ -252,20 +263,14 @@ def _stream_part(
     Q += b * sq_b + h * G * sq_h
     K += b * sk_b + h * sk_h
     V += b * sv_b + h * sv_h
-    q1 = load_tile(Q, 0, sq_h, G, GP, 0, D1, D, True)
-    q2 = q1
-    if D2 > 0:
-        q2 = load_tile(Q, 0, sq_h, G, GP, D1, D2, D, True)
+    q1, q2 = load_tile_pair(Q, 0, sq_h, G, GP, D1, D2, D)
     m = tl.full((GP,), float("-inf"), tl.float32)
     l = tl.zeros((GP,), tl.float32)
     acc = tl.zeros((GP, BDV), tl.float32)
     scale2 = scale * 1.4426950408889634  # log2(e)
     g = tl.arange(0, GP)
     for n in range(first, last, BN):
-        k1 = load_tile(K, n, sk_t, last, BN, 0, D1, D, True)
-        k2 = k1
-        if D2 > 0:
-            k2 = load_tile(K, n, sk_t, last, BN, D1, D2, D, True)
+        k1, k2 = load_tile_pair(K, n, sk_t, last, BN, D1, D2, D)
         v = load_tile(V, n, sv_t, last, BN, 0, BDV, DV, True)
         seen = n + tl.arange(0, BN)
         acc, l, m, s = _attend_rows(q1, q2, k1, k2, v, seen < last, scale2, acc, l, m, D2, GP, BN)
@@ -275,7 +280,7 @@ def _stream_part(
     _store_part(PART, LSE, acc, l, m, row, split, parts, G, GP, DV, BDV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "parts", "splits"])
 def _candidates(
     SCORE, LSE, CANDIDATE, LENGTHS, width, parts, splits,
     L: tl.constexpr, STRIDE: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, TOPK_CHUNK: tl.constexpr,
@@ -320,17 +325,7 @@ def _candidates(
     tl.store(CANDIDATE + row * NP + slot, best)
 
 
-@triton.jit
-def _gather_rows(base, token, stride, ok, FIRST: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr):
-    """Columns FIRST .. FIRST+COLS-1 of the rows named by `token`; zero where not ok."""
-    c = FIRST + tl.arange(0, COLS)
-    pointers = base + token.to(tl.int64)[:, None] * stride + c[None, :]
-    if FIRST + COLS > WIDTH:
-        return tl.load(pointers, mask=ok[:, None] & (c < WIDTH)[None, :], other=0.0)
-    return tl.load(pointers, mask=ok[:, None], other=0.0)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "before", "selected"])
 def _gather_part(
     Q, K, V, KW, VW, PART, LSE, CANDIDATE, INDEX, LENGTHS, sq_b, sq_h, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t,
     skw_b, skw_h, skw_t, svw_b, svw_h, svw_t, scale, parts, before, selected,
@@ -343,10 +338,7 @@ def _gather_part(
     length = tl.load(LENGTHS + b)
     row = b * tl.num_programs(1) * G + h * G
     Q += b * sq_b + h * G * sq_h
-    q1 = load_tile(Q, 0, sq_h, G, GP, 0, D1, D, True)
-    q2 = q1
-    if D2 > 0:
-        q2 = load_tile(Q, 0, sq_h, G, GP, D1, D2, D, True)
+    q1, q2 = load_tile_pair(Q, 0, sq_h, G, GP, D1, D2, D)
     m = tl.full((GP,), float("-inf"), tl.float32)
     l = tl.zeros((GP,), tl.float32)
     acc = tl.zeros((GP, BDV), tl.float32)
@@ -376,11 +368,8 @@ def _gather_part(
             block = tl.sum(tl.where(mine, index[:, None] + 1, 0), 0) - 1
             token = block * SB + slot % SB
             ok = (block >= 0) & (token < length)
-            k1 = _gather_rows(K, token, sk_t, ok, 0, D1, D)
-            k2 = k1
-            if D2 > 0:
-                k2 = _gather_rows(K, token, sk_t, ok, D1, D2, D)
-            v = _gather_rows(V, token, sv_t, ok, 0, BDV, DV)
+            k1, k2 = load_pair(K + token.to(tl.int64) * sk_t, ok, D1, D2, D)
+            v = load_rows(V + token.to(tl.int64) * sv_t, ok, 0, BDV, DV)
             acc, l, m, _ = _attend_rows(q1, q2, k1, k2, v, ok, scale2, acc, l, m, D2, GP, BN)
     else:
         KW += b * skw_b + h * skw_h
@@ -389,17 +378,14 @@ def _gather_part(
             slot = ((split - selected) * TILES + i) * BN + tl.arange(0, BN)
             token = length - W + slot
             ok = (slot < W) & (token >= 0)
-            k1 = _gather_rows(KW, token, skw_t, ok, 0, D1, D)
-            k2 = k1
-            if D2 > 0:
-                k2 = _gather_rows(KW, token, skw_t, ok, D1, D2, D)
-            v = _gather_rows(VW, token, svw_t, ok, 0, BDV, DV)
+            k1, k2 = load_pair(KW + token.to(tl.int64) * skw_t, ok, D1, D2, D)
+            v = load_rows(VW + token.to(tl.int64) * svw_t, ok, 0, BDV, DV)
             acc, l, m, _ = _attend_rows(q1, q2, k1, k2, v, ok, scale2, acc, l, m, D2, GP, BN)
     _store_part(PART, LSE, acc, l, m, row, before + split, parts, G, GP, DV, BDV)
 
 
 @triton.jit
-def _merge(PART, LSE, COUNT: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr):
+def _merge(PART, LSE, COUNT, DV: tl.constexpr, BDV: tl.constexpr):
     """o of a branch from COUNT splits' partial results; zero where none saw a key."""
     column = tl.arange(0, BDV)
     acc = tl.zeros((BDV,), tl.float32)
@@ -419,9 +405,9 @@ def _merge(PART, LSE, COUNT: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr):
     return acc / tl.where(total > 0, total, 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "CMP"])
 def _combine(
-    PART, LSE, GATES, O, sg_b, sg_h, parts, CMP: tl.constexpr, SLC: tl.constexpr, SWA: tl.constexpr, DV: tl.constexpr,
+    PART, LSE, GATES, O, sg_b, sg_h, parts, CMP, SLC: tl.constexpr, SWA: tl.constexpr, DV: tl.constexpr,
     BDV: tl.constexpr,
 ):  # fmt: skip
     """Eq. 5 for one head of one sequence; without gates the first branch alone."""

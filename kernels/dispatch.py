@@ -11,10 +11,11 @@ from torch import Tensor, is_grad_enabled
 from torch import float64 as _float64
 
 from nsa_kernels import cpu, native, reference
+from nsa_kernels.packing import Packing
 from nsa_kernels.reference import Phi
 from nsa_kernels.variant import Variant
 
-__all__ = ["Phi", "Variant", "compress", "dense_attention", "nsa_attention"]
+__all__ = ["Packing", "Phi", "Variant", "compress", "dense_attention", "nsa_attention"]
 
 
 def _implementation(x: Tensor, *others: Tensor | None) -> ModuleType:
@@ -27,18 +28,41 @@ def _implementation(x: Tensor, *others: Tensor | None) -> ModuleType:
     return reference if learning else cpu
 
 
-def compress(x: Tensor, variant: Variant, phi: Phi = None, position: Tensor | None = None) -> Tensor:
+def compress(
+    x: Tensor, variant: Variant, phi: Phi = None, position: Tensor | None = None, packing: Packing | None = None
+) -> Tensor:
     """Compressed keys or values, (S, HKV, D) -> (NC, HKV, Do). See `reference.compress`."""
+    if packing is not None:
+        return reference.compress(x, variant, phi, position, packing)
     learned = phi if isinstance(phi, tuple) else (phi,)
     return _implementation(x, position, *learned).compress(x, variant, phi, position)
 
 
 def nsa_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, variant: Variant, **options
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    gates: Tensor,
+    variant: Variant,
+    *,
+    packing: Packing | None = None,
+    **options,
 ) -> tuple[Tensor, Tensor]:
-    """All three branches, gated and summed: o (T, HQ, Dv) and block_indices. See `reference.nsa_attention`."""
+    """All three branches, gated and summed: o (T, HQ, Dv) and block_indices. See `reference.nsa_attention`.
+
+    packing: of a batch whose sequences stand one after the other, S = T and offset 0; k_cmp, v_cmp as `compress` gives
+    them, block_indices numbered within each sequence.
+    """
     others = [options.get(name) for name in ("q_cmp", "k_swa", "v_swa")]
     found = _implementation(q, k, v, k_cmp, v_cmp, gates, *others)
+    if packing is not None:
+        if options.get("offset") or not k.shape[0] == q.shape[0] == packing.tokens:
+            raise ValueError(f"a packed batch has no offset, and {packing.tokens} queries and keys")
+        if found in (cpu, reference):
+            return packing.one_by_one(nsa_attention, q, k, v, k_cmp, v_cmp, gates, **options)
+        options["packing"] = packing
     own = [options[name] for name in ("k_swa", "v_swa") if options.get(name) is not None]
     if found is cpu and native.supports(q, k, v, k_cmp, v_cmp, *own):
         found = native

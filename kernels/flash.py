@@ -10,7 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.tiles import check_heads, last_dense, load_tile, positive_scale, split_width, store_tile, target_of
+from nsa_kernels.delta import delta
+from nsa_kernels.tiles import (
+    check_heads,
+    dot,
+    dot_pair,
+    last_dense,
+    load_tile,
+    load_tile_pair,
+    positive_scale,
+    split_width,
+    store_tile,
+    target_of,
+)
 
 
 def flash_attention(
@@ -59,13 +71,9 @@ class _Flash(torch.autograd.Function):
     def backward(ctx, do):
         q, k, v, o, lse = ctx.saved_tensors
         launch, do = ctx.launch, last_dense(do)
-        T, HQ, _ = q.shape
+        HQ = q.shape[1]
         dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
-        delta = torch.empty_like(lse)
-        rows = 16 if launch.key[-1] == "cpu" else 64
-        BDV = triton.next_power_of_2(v.shape[-1])
-        _delta[(triton.cdiv(T, rows), HQ)](o, do, delta, *launch.strides(o, do), T, v.shape[-1], rows, BDV)
-        common = (q, k, v, do, lse, delta)
+        common = (q, k, v, do, lse, delta(o, do, 1))
         tile, options = query_gradient_tiles(*launch.key)
         grid = (triton.cdiv(launch.queries, tile["BM"]), HQ, launch.sequences)
         _query_gradient[grid](
@@ -119,12 +127,14 @@ def forward_tiles(D: int, Dv: int, bytes: int, target: str) -> tuple[dict, dict]
 
 
 def query_gradient_tiles(D: int, Dv: int, bytes: int, target: str) -> tuple[dict, dict]:
-    """As `forward_tiles`; do is held besides q."""
+    """As `forward_tiles`; do is held besides q. In float32 tiles of 32 x 32 spill 708 bytes a thread at D = 192, Dv =
+    128 on sm_80, of 16 x 32 508, and they compile in half the time.
+    """
     if target == "cpu":
         return dict(BM=32, BN=16), {}
     wide = max(D, Dv) > 128
     if bytes == 4:
-        return dict(BM=32, BN=32), dict(num_warps=8, num_stages=1)
+        return dict(BM=16, BN=32), dict(num_warps=8, num_stages=1)
     if target.startswith("hip"):
         return dict(BM=64, BN=32), dict(num_warps=4, num_stages=1)
     if wide:
@@ -138,7 +148,7 @@ def key_gradient_tiles(D: int, Dv: int, bytes: int, target: str) -> tuple[dict, 
         return dict(BM=16, BN=32), {}
     wide = max(D, Dv) > 128
     if bytes == 4:
-        return dict(BM=32, BN=32), dict(num_warps=8, num_stages=1)
+        return dict(BM=16, BN=32), dict(num_warps=8, num_stages=1)
     if target.startswith("hip"):
         return dict(BM=32, BN=64), dict(num_warps=4, num_stages=1)
     if wide:
@@ -160,20 +170,14 @@ def _sequence(CU, T, S, offset, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b, acc):
-    return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
 def _attend_tile(
     q1, q2, K, V, n, limit, sk_t, sv_t, S, scale2, acc, l, m,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Keys n .. n+BN-1 into the running softmax; row i sees keys up to limit[i]."""
-    s = _dot(q1, load_tile(K, n, sk_t, S, BN, 0, D1, D, MASK).T, tl.zeros((BM, BN), tl.float32))
-    if D2 > 0:
-        s = _dot(q2, load_tile(K, n, sk_t, S, BN, D1, D2, D, MASK).T, s)
+    k1, k2 = load_tile_pair(K, n, sk_t, S, BN, D1, D2, D, MASK)
+    s = dot_pair(q1, q2, k1, k2, BM, BN, D2)
     if MASK:
         s = tl.where((n + tl.arange(0, BN))[None, :] <= limit[:, None], s, float("-inf"))
     # Key 0 is in the first tile and visible to every row, so m is finite from there on.
@@ -181,11 +185,11 @@ def _attend_tile(
     p = tl.math.exp2(s * scale2 - higher[:, None])
     shrink = tl.math.exp2(m - higher)
     v = load_tile(V, n, sv_t, S, BN, 0, BDV, DV, MASK)
-    acc = _dot(p.to(v.dtype), v, acc * shrink[:, None])
+    acc = dot(p.to(v.dtype), v, acc * shrink[:, None])
     return acc, l * shrink + tl.sum(p, 1), higher
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "offset", "total"])
 def _forward(
     Q, K, V, O, LSE, CU, sq_t, sq_h, sk_t, sk_h, sv_t, sv_h, so_t, so_h, T, S, offset, scale, total,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BDV: tl.constexpr,
@@ -200,10 +204,7 @@ def _forward(
     K += first * sk_t + (h // G) * sk_h
     V += first * sv_t + (h // G) * sv_h
     scale2 = scale * 1.4426950408889634
-    q1 = load_tile(Q, m0, sq_t, T, BM, 0, D1, D, True)
-    q2 = q1
-    if D2 > 0:
-        q2 = load_tile(Q, m0, sq_t, T, BM, D1, D2, D, True)
+    q1, q2 = load_tile_pair(Q, m0, sq_t, T, BM, D1, D2, D)
     limit = offset + m0 + tl.arange(0, BM)
     m = tl.full((BM,), float("-inf"), tl.float32)
     l = tl.zeros((BM,), tl.float32)
@@ -223,39 +224,25 @@ def _forward(
 
 
 @triton.jit
-def _delta(O, DO, DELTA, so_t, so_h, sd_t, sd_h, T, DV: tl.constexpr, ROWS: tl.constexpr, BDV: tl.constexpr):
-    """sum(o * do) of every row: what the softmax's gradient subtracts."""
-    row, h = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64)
-    o = load_tile(O + h * so_h, row, so_t, T, ROWS, 0, BDV, DV, True).to(tl.float32)
-    do = load_tile(DO + h * sd_h, row, sd_t, T, ROWS, 0, BDV, DV, True).to(tl.float32)
-    rows = row + tl.arange(0, ROWS)
-    tl.store(DELTA + h * T + rows, tl.sum(o * do, 1), mask=rows < T)
-
-
-@triton.jit
 def _query_gradient_tile(
     q1, q2, do, lse, delta, K, V, n, limit, sk_t, sv_t, S, scale2, dq1, dq2,
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    k1 = load_tile(K, n, sk_t, S, BN, 0, D1, D, MASK)
-    s = _dot(q1, k1.T, tl.zeros((BM, BN), tl.float32))
-    if D2 > 0:
-        k2 = load_tile(K, n, sk_t, S, BN, D1, D2, D, MASK)
-        s = _dot(q2, k2.T, s)
-    p = tl.math.exp2(s * scale2 - lse[:, None])
+    k1, k2 = load_tile_pair(K, n, sk_t, S, BN, D1, D2, D, MASK)
+    p = tl.math.exp2(dot_pair(q1, q2, k1, k2, BM, BN, D2) * scale2 - lse[:, None])
     if MASK:
         p = tl.where((n + tl.arange(0, BN))[None, :] <= limit[:, None], p, 0.0)
     v = load_tile(V, n, sv_t, S, BN, 0, BDV, DV, MASK)
-    dp = _dot(do, v.T, tl.zeros((BM, BN), tl.float32))
+    dp = dot(do, v.T, tl.zeros((BM, BN), tl.float32))
     ds = (p * (dp - delta[:, None])).to(k1.dtype)
-    dq1 = _dot(ds, k1, dq1)
+    dq1 = dot(ds, k1, dq1)
     if D2 > 0:
-        dq2 = _dot(ds, k2, dq2)
+        dq2 = dot(ds, k2, dq2)
     return dq1, dq2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "offset", "total"])
 def _query_gradient(
     Q, K, V, DO, LSE, DELTA, DQ, CU, sq_t, sq_h, sk_t, sk_h, sv_t, sv_h, sd_t, sd_h, sg_t, sg_h, T, S, offset, scale,
     total, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BDV: tl.constexpr,
@@ -270,11 +257,10 @@ def _query_gradient(
     K += first * sk_t + (h // G) * sk_h
     V += first * sv_t + (h // G) * sv_h
     scale2 = scale * 1.4426950408889634
-    q1 = load_tile(Q, m0, sq_t, T, BM, 0, D1, D, True)
+    q1, q2 = load_tile_pair(Q, m0, sq_t, T, BM, D1, D2, D)
     dq1 = tl.zeros((BM, D1), tl.float32)
-    q2, dq2 = q1, dq1
+    dq2 = dq1
     if D2 > 0:
-        q2 = load_tile(Q, m0, sq_t, T, BM, D1, D2, D, True)
         dq2 = tl.zeros((BM, D2), tl.float32)
     do = load_tile(DO + first * sd_t + h * sd_h, m0, sd_t, T, BM, 0, BDV, DV, True)
     row = m0 + tl.arange(0, BM)
@@ -303,28 +289,24 @@ def _key_gradient_tile(
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    q1 = load_tile(Q, m0, sq_t, T, BM, 0, D1, D, True)
-    s = _dot(k1, q1.T, tl.zeros((BN, BM), tl.float32))
-    if D2 > 0:
-        q2 = load_tile(Q, m0, sq_t, T, BM, D1, D2, D, True)
-        s = _dot(k2, q2.T, s)
+    q1, q2 = load_tile_pair(Q, m0, sq_t, T, BM, D1, D2, D)
     row = m0 + tl.arange(0, BM)
     lse = tl.load(LSE + row, mask=row < T, other=float("inf"))
-    p = tl.math.exp2(s * scale2 - lse[None, :])
+    p = tl.math.exp2(dot_pair(k1, k2, q1, q2, BN, BM, D2) * scale2 - lse[None, :])
     if CAUSAL:
         p = tl.where(key[:, None] <= offset + row[None, :], p, 0.0)
     do = load_tile(DO, m0, sd_t, T, BM, 0, BDV, DV, True)
-    dv = _dot(p.to(do.dtype), do, dv)
-    dp = _dot(v, do.T, tl.zeros((BN, BM), tl.float32))
+    dv = dot(p.to(do.dtype), do, dv)
+    dp = dot(v, do.T, tl.zeros((BN, BM), tl.float32))
     delta = tl.load(DELTA + row, mask=row < T, other=0.0)
     ds = (p * (dp - delta[None, :])).to(q1.dtype)
-    dk1 = _dot(ds, q1, dk1)
+    dk1 = dot(ds, q1, dk1)
     if D2 > 0:
-        dk2 = _dot(ds, q2, dk2)
+        dk2 = dot(ds, q2, dk2)
     return dk1, dk2, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "offset", "total"])
 def _key_gradient(
     Q, K, V, DO, LSE, DELTA, DK, DV_, CU, sq_t, sq_h, sk_t, sk_h, sv_t, sv_h, sd_t, sd_h, sgk_t, sgk_h, sgv_t, sgv_h,
     T, S, offset, scale, total, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr,
@@ -339,11 +321,10 @@ def _key_gradient(
     K += first * sk_t + h * sk_h
     V += first * sv_t + h * sv_h
     scale2 = scale * 1.4426950408889634
-    k1 = load_tile(K, n0, sk_t, seen, BN, 0, D1, D, True)
+    k1, k2 = load_tile_pair(K, n0, sk_t, seen, BN, D1, D2, D)
     dk1 = tl.zeros((BN, D1), tl.float32)
-    k2, dk2 = k1, dk1
+    dk2 = dk1
     if D2 > 0:
-        k2 = load_tile(K, n0, sk_t, seen, BN, D1, D2, D, True)
         dk2 = tl.zeros((BN, D2), tl.float32)
     v = load_tile(V, n0, sv_t, seen, BN, 0, BDV, DV, True)
     dv = tl.zeros((BN, BDV), tl.float32)

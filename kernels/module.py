@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa_kernels.dispatch import compress, nsa_attention
+from nsa_kernels.packing import Packing
 from nsa_kernels.reference import Phi
 from nsa_kernels.variant import Variant
 
@@ -92,18 +93,18 @@ class NativeSparseAttention(nn.Module):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """x: (B, T, dim), or (T, dim) with sequences packed one after the other, sequence i at rows
-        cu_seqlens[i] .. cu_seqlens[i+1]-1. Returns the shape of x.
+        cu_seqlens[i] .. cu_seqlens[i+1]-1. Returns the shape of x. ValueError where cu_seqlens does not ascend from 0
+        to T, which is not looked at if it lies on a GPU.
         """
         if x.ndim != (3 if cu_seqlens is None else 2):
             raise ValueError(f"x must be (B, T, dim), or (T, dim) with cu_seqlens; got {tuple(x.shape)}")
         rows = x.flatten(0, -2)
-        lengths = [x.shape[1]] * x.shape[0] if cu_seqlens is None else cu_seqlens.diff().tolist()
-        if sum(lengths) != rows.shape[0]:
-            raise ValueError(f"cu_seqlens covers {sum(lengths)} rows of {rows.shape[0]}")
-        inputs = self._project(rows)
-        parts = [self._attend(*sequence) for sequence in zip(*(t.split(lengths) for t in inputs), strict=True)]
-        o = torch.cat([*parts, inputs[0].new_empty(0, self.num_heads, self.v_head_dim)])
-        return self.o_proj(o.flatten(1)).view(x.shape)
+        if cu_seqlens is None:
+            cu_seqlens = torch.arange(x.shape[0] + 1, device=x.device, dtype=torch.int32) * x.shape[1]
+        elif not cu_seqlens.is_cuda:  # a GPU's is not waited for
+            _check_bounds(cu_seqlens, rows.shape[0])
+        packing = Packing(cu_seqlens.to(x.device), rows.shape[0], self.variant)
+        return self.o_proj(self._attend(*self._project(rows), packing).flatten(1)).view(x.shape)
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """q, gates, then k and v by branch: selected, compressed, window. (T, dim) -> (T, heads, width) each."""
@@ -119,29 +120,29 @@ class NativeSparseAttention(nn.Module):
         return heads(self.q_proj, HQ), gates, *(own[projection] for projection in projections)
 
     def _attend(
-        self, q: Tensor, gates: Tensor, k: Tensor, v: Tensor, k_src: Tensor, v_src: Tensor, k_swa: Tensor, v_swa: Tensor
-    ) -> Tensor:
-        """One sequence: (T, HQ, Dv)."""
-        place, stride = self.compress_rope, self.variant.compress_stride
-        turned = self._rotate(q)
-        source = self._rotate(k_src) if place == "before" else k_src
-        k_cmp = compress(source, self.variant, self.compress_k.phi(), self.compress_k.position)
+        self, q: Tensor, gates: Tensor, k: Tensor, v: Tensor, k_src: Tensor, v_src: Tensor, k_swa: Tensor,
+        v_swa: Tensor, packing: Packing,
+    ) -> Tensor:  # fmt: skip
+        """(T, HQ, Dv)."""
+        place, position = self.compress_rope, packing.position
+        turned = self._rotate(q, position)
+        source = self._rotate(k_src, position) if place == "before" else k_src
+        k_cmp = compress(source, self.variant, self.compress_k.phi(), self.compress_k.position, packing)
         if place == "after":
-            k_cmp = self._rotate(k_cmp, stride)
-        v_cmp = compress(v_src, self.variant, self.compress_v.phi())
-        own = dict(k_swa=self._rotate(k_swa), v_swa=v_swa) if self.branch_kv else {}
+            k_cmp = self._rotate(k_cmp, packing.key_position[: k_cmp.shape[0]])
+        v_cmp = compress(v_src, self.variant, self.compress_v.phi(), packing=packing)
+        own = dict(k_swa=self._rotate(k_swa, position), v_swa=v_swa) if self.branch_kv else {}
         q_cmp = q if place == "none" else turned
-        k = self._rotate(k)
-        return nsa_attention(turned, k, v, k_cmp, v_cmp, gates, self.variant, q_cmp=q_cmp, **own)[0]
+        k = self._rotate(k, position)
+        return nsa_attention(turned, k, v, k_cmp, v_cmp, gates, self.variant, q_cmp=q_cmp, packing=packing, **own)[0]
 
-    def _rotate(self, x: Tensor, step: int = 1) -> Tensor:
-        """Rotate row i of x (T, H, D) to position i * step: half-split pairs, angles in float32 or better."""
+    def _rotate(self, x: Tensor, position: Tensor) -> Tensor:
+        """Rotate row i of x (T, H, D) to position[i]: half-split pairs, angles in float32 or better."""
         if self.rope_theta is None:
             return x
         compute = torch.promote_types(x.dtype, torch.float32)
         half = torch.arange(x.shape[-1] // 2, device=x.device, dtype=compute) * 2 / x.shape[-1]
-        position = torch.arange(x.shape[0], device=x.device, dtype=compute) * step
-        angle = position[:, None, None] * self.rope_theta**-half
+        angle = position.to(compute)[:, None, None] * self.rope_theta**-half
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         a, b = x.chunk(2, -1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
@@ -171,6 +172,12 @@ class _Compression(nn.Module):
         if self.kind == "linear":
             return self.weight
         return self.up.weight, self.up.bias, self.down.weight, self.down.bias
+
+
+def _check_bounds(cu_seqlens: Tensor, rows: int) -> None:
+    bounds = cu_seqlens.tolist()
+    if not bounds or bounds[0] or bounds[-1] != rows or bounds != sorted(bounds):
+        raise ValueError(f"cu_seqlens must ascend from 0 to {rows}, the rows of x; got {bounds[:1]} .. {bounds[-1:]}")
 
 
 def _affine(heads: int, inside: int, outside: int, **factory) -> nn.Module:

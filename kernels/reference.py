@@ -9,21 +9,29 @@ share one key head; NC compression blocks, NB selection blocks. `block_indices` 
 import torch
 from torch import Tensor
 
+from nsa_kernels.packing import Packing
 from nsa_kernels.variant import Variant
 
 Phi = None | Tensor | tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def compress(x: Tensor, variant: Variant, phi: Phi = None, position: Tensor | None = None) -> Tensor:
+def compress(
+    x: Tensor, variant: Variant, phi: Phi = None, position: Tensor | None = None, packing: Packing | None = None
+) -> Tensor:
     """Eq. 7: one vector for every block of l tokens that starts at a multiple of d and is complete.
 
     x: (S, HKV, D). phi: None = mean; (HKV, l*D, Do) = linear; (up, up_bias, down, down_bias) = MLP with SiLU.
-    position: (HKV, l, D), added before phi. Returns (NC, HKV, Do).
+    position: (HKV, l, D), added before phi. Returns (NC, HKV, Do); of a packed batch one sequence's after the other's,
+    and then rows that are none's.
     """
     l, d = variant.compress_block, variant.compress_stride
     if x.shape[0] < l:
         return x.new_empty(0, x.shape[1], _phi_width(phi, x.shape[2]))
-    blocks = x.unfold(0, l, d).transpose(2, 3)  # (NC, HKV, l, D)
+    if packing is None:
+        blocks = x.unfold(0, l, d).transpose(2, 3)  # (NC, HKV, l, D)
+    else:
+        token = packing.key_token[:, None] + torch.arange(l, device=x.device)
+        blocks = x[token.clamp(max=x.shape[0] - 1)].transpose(1, 2)
     if position is not None:
         blocks = blocks + position
     if phi is None:

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.packing import Packing
 from nsa_kernels.ranged import group_rows, key_range
-from nsa_kernels.tiles import load_rows, precision_of, split_width, target_of
+from nsa_kernels.tiles import dot_pair, load_pair, split_width, target_of
 from nsa_kernels.variant import Variant
 
 
@@ -32,55 +33,56 @@ def _blocks(best, KEEP: tl.constexpr, T: tl.constexpr, N: tl.constexpr):
     return tl.where(kept, number, 2147483647)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "NC", "offset"])
 def _select(
-    q, k, lse, chosen, T, NC, offset, scale, q_t, q_h, k_s, k_h,
+    q, k, lse, chosen, TOKEN, KEY, FIRST_BLOCK, BLOCK_KEY, T, NC, offset, scale, q_t, q_h, k_s, k_h,
     G: tl.constexpr, PG: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, L: tl.constexpr,
     STRIDE: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, WEIGHTS: tl.constexpr, OFFSETS: tl.constexpr,
     INITIAL: tl.constexpr, LOCAL: tl.constexpr, COUNT: tl.constexpr, KEEP: tl.constexpr, N: tl.constexpr,
-    CHUNK: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
+    CHUNK: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
+    """j runs over the blocks of the whole batch; current and block number those of a query's own sequence."""
     h = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     r = tl.arange(0, BT * PG)  # rows: every query has PG heads, G of them real, so that a sum over heads is one axis
     rt, head = tl.program_id(0) * BT + r // PG, r % PG
     real = (rt < T) & (head < G)
     row = rt * G + head
-    _, hi = key_range(offset + rt, NC, L, STRIDE, 0)
+    lo, hi = key_range(rt, T, NC, offset, TOKEN, KEY, L, STRIDE, 0)
     hi = tl.where(real, hi, 0)
-    at_q = group_rows(q, row, h, q_t, q_h, G)
-    q1 = load_rows(at_q, real, 0, D1, D)
-    q2 = q1
-    if D2 > 0:
-        q2 = load_rows(at_q, real, D1, D2, D)
+    q1, q2 = load_pair(group_rows(q, row, h, q_t, q_h, G), real, D1, D2, D)
     k += h * k_h
-    lse_row = tl.load(lse + h * T * G + row, mask=real & (hi > 0), other=0.0)
-    current = (offset + t) // BLOCK
+    lse_row = tl.load(lse + h * T * G + row, mask=real & (hi > lo), other=0.0)
+    current, begin = (offset + t) // BLOCK, t * 0
+    if TOKEN is not None:
+        current = (t - tl.load(TOKEN + t, mask=t < T, other=0)) // BLOCK
+        begin = tl.load(FIRST_BLOCK + t, mask=t < T, other=0)
     best = tl.full([BT, N], -1, tl.int64)
     own = tl.full([BT, N], -1, tl.int64)
-    last = tl.max(tl.where(t < T, current, 0))
-    for start in range(0, last + 1, BJ):
+    last = tl.max(tl.where(t < T, begin + current, 0))
+    for start in range(tl.min(tl.where(t < T, begin, last)), last + 1, BJ):
         j = start + tl.arange(0, BJ)
+        key = j * (BLOCK // STRIDE)
+        if TOKEN is not None:
+            key = tl.load(BLOCK_KEY + j, mask=j <= last, other=0)
         score = tl.zeros([BT, BJ], tl.float32)
         for w in tl.static_range(OFFSETS):
-            c = j * (BLOCK // STRIDE) + FIRST + w
+            c = key + FIRST + w
             there = (c >= 0) & (c < NC)
-            at_k = k + c.to(tl.int64) * k_s
-            s = tl.zeros([BT * PG, BJ], tl.float32)
-            s = tl.dot(q1, load_rows(at_k, there, 0, D1, D).T, s, input_precision=PRECISION)
-            if D2 > 0:
-                s = tl.dot(q2, load_rows(at_k, there, D1, D2, D).T, s, input_precision=PRECISION)
-            p = tl.where(there & (c < hi[:, None]), tl.exp2(s * scale - lse_row[:, None]), 0.0)
+            k1, k2 = load_pair(k + c.to(tl.int64) * k_s, there, D1, D2, D)
+            s = dot_pair(q1, q2, k1, k2, BT * PG, BJ, D2)
+            p = tl.where((c >= lo[:, None]) & (c < hi[:, None]), tl.exp2(s * scale - lse_row[:, None]), 0.0)
             score += WEIGHTS[w] * tl.sum(tl.reshape(p, (BT, PG, BJ)), 1)
-        forced = (j < INITIAL) | (j > current[:, None] - LOCAL)
+        block = j[None, :] - begin[:, None]
+        forced = (block < INITIAL) | (block > current[:, None] - LOCAL)
         score = tl.where(forced, float("inf"), score)
-        key = (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (2147483647 - j).to(tl.int64)
-        key = tl.where(j <= current[:, None], key, -1)
+        bits = (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (2147483647 - block).to(tl.int64)
+        bits = tl.where((block >= 0) & (block <= current[:, None]), bits, -1)
         if CHUNK:
-            mine = j // CHUNK == (current // CHUNK)[:, None]
-            own = _merge(own, tl.where(mine, key, -1), N)
-            key = tl.where(mine, -1, key)
-        best = _merge(best, key, N)
+            mine = block // CHUNK == (current // CHUNK)[:, None]
+            own = _merge(own, tl.where(mine, bits, -1), N)
+            bits = tl.where(mine, -1, bits)
+        best = _merge(best, bits, N)
     found = _blocks(best, KEEP, BT, N)
     to = chosen + (t.to(tl.int64)[:, None] * tl.num_programs(1) + h) * COUNT
     if CHUNK:
@@ -102,20 +104,25 @@ def select_blocks(
     *,
     offset: int = 0,
     scale: float | None = None,
+    packing: Packing | None = None,
 ) -> Tensor:
     """Forced blocks and the most important others per query, ascending, -1 where fewer exist: (T, HKV, n) int32.
 
     q: (T, HQ, D); k_cmp: (NC, HKV, D); lse: (HKV, T * G) in log2, of the compressed branch (`ranged.attention`).
+    packing: of a packed batch, offset 0; blocks are numbered within each sequence.
     """
     (T, HQ, D), (NC, HKV, _) = q.shape, k_cmp.shape
     G, (D1, D2) = HQ // HKV, split_width(D)
-    shape = dict(G=G, D=D, D1=D1, D2=D2, PRECISION=precision_of(q)) | _rule(variant)
+    shape = dict(G=G, D=D, D1=D1, D2=D2) | _rule(variant)
     tile = tiles(G, shape["N"], q.element_size(), target_of(q))
     chosen = torch.empty(T, HKV, variant.select_count, device=q.device, dtype=torch.int32)
     scale = math.log2(math.e) * (D**-0.5 if scale is None else scale)
     grid = (triton.cdiv(T, tile["BT"]), HKV)
     strides = (*q.stride()[:2], *k_cmp.stride()[:2])
-    _select[grid](q, k_cmp, lse, chosen, T, NC, offset, scale, *strides, **shape, **tile)
+    tables = [None] * 4
+    if packing is not None:
+        tables = [packing.first_token, packing.compressed.key, packing.first_block, packing.block_key]
+    _select[grid](q, k_cmp, lse, chosen, *tables, T, NC, offset, scale, *strides, **shape, **tile)
     return chosen
 
 

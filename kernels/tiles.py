@@ -2,6 +2,9 @@
 
 `tl.arange` takes powers of two only. A width of 192 as 128 + 64 wastes nothing, where 256 would waste a quarter of
 every product.
+
+Kernels do not specialize lengths (`do_not_specialize`): Triton would compile all of them again, seconds each, for a
+prompt whose length is no multiple of 16, and once more where one is 1.
 """
 
 import torch
@@ -29,11 +32,6 @@ def target_of(x: Tensor) -> str:
 def last_dense(x: Tensor) -> Tensor:
     """x with its last axis contiguous, which every kernel assumes; any other stride is passed."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def precision_of(x: Tensor) -> str:
-    """`input_precision` of products: exact in float32, where other types ignore it."""
-    return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
 def positive_scale(scale: float | None, width: int) -> float:
@@ -90,6 +88,52 @@ def load_rows(rows, there, FIRST: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.co
     if FIRST + COLS > WIDTH:
         return tl.load(rows[:, None] + c[None, :], mask=there[:, None] & (c < WIDTH)[None, :], other=0.0)
     return tl.load(rows[:, None] + c[None, :], mask=there[:, None], other=0.0)
+
+
+@triton.jit
+def load_pair(rows, there, D1: tl.constexpr, D2: tl.constexpr, WIDTH: tl.constexpr):
+    """These rows as `split_width` cuts them; the second tile is the first again where one does."""
+    first = load_rows(rows, there, 0, D1, WIDTH)
+    second = first
+    if D2 > 0:
+        second = load_rows(rows, there, D1, D2, WIDTH)
+    return first, second
+
+
+@triton.jit
+def load_tile_pair(
+    base, row, stride, rows, ROWS: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, WIDTH: tl.constexpr,
+    MASK: tl.constexpr = True,
+):  # fmt: skip
+    """`load_pair` of rows row .. row+ROWS-1."""
+    first = load_tile(base, row, stride, rows, ROWS, 0, D1, WIDTH, MASK)
+    second = first
+    if D2 > 0:
+        second = load_tile(base, row, stride, rows, ROWS, D1, D2, WIDTH, MASK)
+    return first, second
+
+
+@triton.jit
+def store_pair(rows, there, first, second, D1: tl.constexpr, D2: tl.constexpr, WIDTH: tl.constexpr):
+    """Write what `load_pair` would read."""
+    store_rows(rows, there, first, 0, D1, WIDTH)
+    if D2 > 0:
+        store_rows(rows, there, second, D1, D2, WIDTH)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a b; exact in float32 (no TF32)."""
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def dot_pair(a1, a2, b1, b2, ROWS: tl.constexpr, COLS: tl.constexpr, D2: tl.constexpr):
+    """a b^T (ROWS, COLS) in float32, of tiles as `load_pair` gives them."""
+    s = dot(a1, b1.T, tl.zeros([ROWS, COLS], tl.float32))
+    if D2 > 0:
+        s = dot(a2, b2.T, s)
+    return s
 
 
 @triton.jit

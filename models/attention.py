@@ -98,7 +98,7 @@ class Attention(nn.Module):
         config, T = self.config, h.shape[0]
         plain, *pairs = (linear(h) for linear in self.inputs)
         plain = plain.view_as(q)
-        if q_cmp.data_ptr() != q.data_ptr():
+        if config.compress_rope == "none":
             q_cmp.copy_(plain)
         rotate(plain, cos, sin, out=q)
         (k, v), *own = _pairs([x.reshape(T, config.num_kv_heads, -1) for x in pairs])

@@ -71,6 +71,11 @@ class Cache:
         """A (stop-start, HKV, D) view of one layer's `k`, `v`, `k_cmp`, ..."""
         return self.buffers[f"layers.{layer}.{name}"][:, start:stop].transpose(0, 1)
 
+    def require_room(self, tokens: int) -> None:
+        """Raise ValueError where fewer than `tokens` fit: kernels write where they are told."""
+        if self.length + tokens > self.capacity:
+            raise ValueError(f"cache of {self.capacity} tokens cannot take {tokens} after {self.length}")
+
     def truncate(self, length: int) -> None:
         """Forget every token from `length` on."""
         if not 0 <= length <= self.length:

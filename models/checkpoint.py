@@ -35,7 +35,8 @@ def load_model(
     """The model of a checkpoint directory of any runnable format (design: `formats.py`).
 
     device: None = a GPU if there is one, else the CPU. dtype of activations: None = bfloat16 where the device
-    multiplies it fast, else float32. Weights stay mapped from the file where dtype and device allow.
+    multiplies it fast, else float32. Weights stay mapped from the file where dtype and device allow; int8 ones are
+    expanded on a GPU, which has no product with them.
     Raises ModelError in one line if files are missing or truncated, or names or shapes do not match the config.
     """
     directory = Path(path)
@@ -54,6 +55,8 @@ def load_model(
                 elif name.endswith(SCALE):
                     _set_scale(model, names[name.removesuffix(SCALE)], weights.get_tensor(name), device)
     _check_storage(model, source, directory)
+    if device.type != "cpu":
+        _expand(model, dtype)
     model.fingerprint = fingerprint(directory)
     return model
 
@@ -120,6 +123,14 @@ def _assign(model: NSAModel, name: str, tensor: Tensor, device: torch.device, dt
 def _set_scale(model: NSAModel, name: str, scale: Tensor, device: torch.device) -> None:
     module, _ = _owner(model, name)
     module.weight_scale = scale.to(device, torch.float32)
+
+
+def _expand(model: NSAModel, dtype: torch.dtype) -> None:
+    """Replace int8 weights by the float ones that they stand for."""
+    for module in model.modules():
+        if isinstance(module, Linear | Embedding) and module.weight_scale is not None:
+            weight = (module.weight.float() * module.weight_scale[:, None]).to(dtype)
+            module.weight, module.weight_scale = nn.Parameter(weight, requires_grad=False), None
 
 
 def fingerprint(directory: Path) -> str:

@@ -36,7 +36,8 @@ class Sampler:
 
     def pick(self, logits) -> int:
         """logits: (vocab,). Returns the chosen id and remembers it for the repeat penalty."""
-        token = self._pick(logits.float().cpu())
+        plain = self.sampling.temperature == 0 and self.sampling.repeat_penalty == 1.0
+        token = int(logits.argmax()) if plain else self._pick(logits.float().cpu())  # one number from the device
         self.seen.add(token)
         return token
 

@@ -25,6 +25,7 @@ class Step:
     def __call__(self, token: int) -> Tensor:
         """Append `token` to the cache. Returns (vocab,) in float32 or better."""
         model, cache, count = self.model, self.cache, self.model.config.variant.compressed_count
+        cache.require_room(1)
         if self.captured is not None:
             logits = self.captured.run(token, cache.length)
             cache.length += 1

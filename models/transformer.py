@@ -163,8 +163,7 @@ class NSAModel(nn.Module):
         ids: (T,). Returns the last hidden states (T, H), normed.
         """
         T = ids.shape[0]
-        if cache.length + T > cache.capacity:
-            raise ValueError(f"cache of {cache.capacity} tokens cannot take {T} after {cache.length}")
+        cache.require_room(T)
         rope = Rope(self.config, cache.rope_factor)
         positions = torch.arange(cache.length, cache.length + T, device=self.device)
         angles = rope.angles(positions, self.dtype)

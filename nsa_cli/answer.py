@@ -307,12 +307,8 @@ def check_fit(checkpoint: Checkpoint, context: "Context", question: str, request
 
 def free_memory(checkpoint: Checkpoint, request: Request) -> tuple[int, int]:
     """Bytes that an answer may take, and what of them is for weights that are still to be loaded."""
-    import psutil
-
-    from nsa_models.formats import weights_bytes
-
     held = request.held.nbytes if request.held else 0
-    return psutil.virtual_memory().available + held, 0 if checkpoint.loaded else weights_bytes(checkpoint.directory)
+    return checkpoint.free_memory() + held, 0 if checkpoint.loaded else checkpoint.weights_bytes()
 
 
 def fitting(checkpoint: Checkpoint, free: float, weights: int, most: int) -> int:

@@ -151,11 +151,12 @@ def matrix_rate(model: "NSAModel", repeat: int = 7) -> float:
     return 2 * MATRIX**3 / statistics.median(seconds[1:])
 
 
-def check_lengths(config: NSAConfig, lengths: Iterable[int], decode_tokens: int, weights_bytes: int) -> None:
-    """Raise BudgetError, before anything is allocated, for a length that fits neither the model nor memory."""
-    import psutil
-
-    available = psutil.virtual_memory().available
+def check_lengths(
+    config: NSAConfig, lengths: Iterable[int], decode_tokens: int, weights_bytes: int, available: int
+) -> None:
+    """Raise BudgetError, before anything is allocated, for a length that fits neither the model nor `available` bytes
+    of memory.
+    """
     for length in lengths:
         tokens = length + decode_tokens
         if tokens > config.max_position_embeddings:

@@ -70,3 +70,26 @@ class Checkpoint:
     @property
     def loaded(self) -> bool:
         return "model" in vars(self)
+
+    @property
+    def on_gpu(self) -> bool:
+        import torch
+
+        return self.device != "cpu" and torch.cuda.is_available()
+
+    def free_memory(self) -> int:
+        """Bytes free where the model computes; on a GPU with those that torch keeps for what comes."""
+        if self.on_gpu:
+            import torch
+
+            return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        import psutil
+
+        return psutil.virtual_memory().available
+
+    def weights_bytes(self) -> int:
+        """What the weights take there; a GPU has them in two bytes each, however they are stored."""
+        from nsa_models.cost import parameter_count
+        from nsa_models.formats import weights_bytes
+
+        return 2 * parameter_count(self.config) if self.on_gpu else weights_bytes(self.directory)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nsa_cli.documents import Skip
 
 QUIET, NORMAL, VERBOSE, TRACEBACKS = -1, 0, 1, 2
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # torch's words, on a CPU and on a GPU
 
 
 class Verbosity:
@@ -127,7 +128,7 @@ def describe(error: Exception) -> tuple[str, int]:
         message = error.format_message().rstrip(".")
     elif isinstance(error, NSAError):
         message = str(error)
-    elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+    elif isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
         message = "out of memory; close other programs, or read less (nsa plan shows what a context needs)"
     elif isinstance(error, OSError) and error.strerror:
         message = ": ".join(filter(None, (error.filename and os.fsdecode(error.filename), error.strerror)))

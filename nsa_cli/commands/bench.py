@@ -5,6 +5,8 @@ import json
 import click
 
 from nsa_cli import bench
+from nsa_cli.commands.bench_goals import command as goals
+from nsa_cli.commands.bench_kernels import command as kernels
 from nsa_cli.commands.options import checkpoint_options, json_option, verbosity_options
 from nsa_cli.output import progress
 from nsa_cli.units import parse_quantity
@@ -14,7 +16,7 @@ def parse_lengths(context: click.Context, parameter: click.Parameter, value: str
     return sorted({parse_quantity(length) for length in value.split(",")})
 
 
-@click.command("bench")
+@click.group("bench", invoke_without_command=True)
 @click.option(
     "--lengths",
     default="2k,8k,32k",
@@ -44,7 +46,8 @@ def parse_lengths(context: click.Context, parameter: click.Parameter, value: str
 @checkpoint_options
 @json_option
 @verbosity_options
-def command(lengths, decode_tokens, repeat, dense, dense_max, text, checkpoint, as_json) -> None:
+@click.pass_context
+def command(context, lengths, decode_tokens, repeat, dense, dense_max, text, checkpoint, as_json) -> None:
     """Measure prefill and decode speed, beside dense attention with the same weights and the machine's matrix rate.
 
     Rates are medians, with the 10th and 90th percentile in brackets. "of matrix rate" is the prefill's operations per
@@ -54,11 +57,13 @@ def command(lengths, decode_tokens, repeat, dense, dense_max, text, checkpoint, 
     \b
       nsa bench
       nsa bench --lengths 8k,64k --dense-max 8k --repeat 1
+      nsa bench kernels --help
     """
+    if context.invoked_subcommand:
+        return
     from nsa_models import load_tokenizer
-    from nsa_models.formats import weights_bytes
 
-    bench.check_lengths(checkpoint.config, lengths, decode_tokens, weights_bytes(checkpoint.directory))
+    bench.check_lengths(checkpoint.config, lengths, decode_tokens, checkpoint.weights_bytes(), checkpoint.free_memory())
     model, load_s = checkpoint.model, bench.seconds_since_start()
     texts = bench.library_sources() if text is None else [read_text(text)]
     ids = bench.token_ids(load_tokenizer(checkpoint.directory), texts, max(lengths))
@@ -95,3 +100,7 @@ def command(lengths, decode_tokens, repeat, dense, dense_max, text, checkpoint, 
 def read_text(path: str) -> str:
     with open(path, encoding="utf-8", errors="replace") as file:
         return file.read()
+
+
+command.add_command(kernels)
+command.add_command(goals)

@@ -1,6 +1,7 @@
 """The transformer, its cache and the engine on tiny random models of every variant."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -335,3 +336,18 @@ def test_a_compiled_step_writes_nothing_but_its_token() -> None:
         changed = ~((buffer == before[name]) | (buffer.isnan() & before[name].isnan()))
         rows = changed.any(-1).any(0).nonzero().flatten().tolist()
         assert rows == ([] if name.endswith("_cmp") else [61]), name
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_step_into_a_full_cache_is_refused(monkeypatch, captured: bool) -> None:
+    """Before anything is written: compiled code and a CUDA graph would write behind the buffers."""
+    model = random_model(CONFIG)
+    cache = exact_cache(model, 1)
+    prefill(model, random_ids(cache.capacity), cache)
+    calls = []
+    step = Step(model, cache)
+    if captured:
+        monkeypatch.setattr(step, "captured", SimpleNamespace(run=lambda *args: calls.append(args)))
+    with pytest.raises(ValueError, match=f"{cache.capacity} tokens cannot take 1 after {cache.capacity}"):
+        step(0)
+    assert not calls and cache.length == cache.capacity

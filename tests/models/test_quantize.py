@@ -105,6 +105,24 @@ def test_a_model_of_int8_decodes_what_it_prefills(tmp_path, dtype) -> None:
     assert (step - whole).norm() / whole.norm() < 0.05
 
 
+def test_int8_weights_are_floats_where_nothing_multiplies_them(tmp_path) -> None:
+    """As on a GPU: the same values that a prefill on a CPU expands, and no scales left."""
+    from nsa_models.checkpoint import _expand, load_model, save_checkpoint
+
+    config = NSAConfig(320, 64, 1, 4, 2, 16, 64, tie_word_embeddings=True)
+    g = torch.Generator().manual_seed(0)
+    tensors = {n: torch.randn(s, generator=g) for n, s in parameter_shapes(config).items()}
+    save_checkpoint(tmp_path / "m", config, quantize(tensors))
+    model = load_model(tmp_path / "m", "cpu", torch.float32)
+    ids = torch.randint(0, 320, (20,), generator=g)
+    expected = model(ids)
+    _expand(model, torch.float32)
+    torch.testing.assert_close(model(ids), expected)
+    elsewhere = load_model(tmp_path / "m", "meta", torch.bfloat16)
+    assert {p.dtype for p in elsewhere.parameters()} == {torch.bfloat16}
+    assert all(getattr(m, "weight_scale", None) is None for m in elsewhere.modules())
+
+
 MAPPED = """
 import torch
 from nsa_models.linear import FEW_ROWS, Linear, is_few

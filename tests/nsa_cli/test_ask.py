@@ -331,6 +331,17 @@ def test_fit_takes_what_memory_holds_and_no_more(nsa, docs, monkeypatch, tiny_ch
     assert answer_of(parts)["shards"] > 1
 
 
+def test_a_gpus_own_memory_is_checked(nsa, docs, monkeypatch):
+    free, cuda = 600_200_000, "torch.cuda"
+    monkeypatch.setattr(f"{cuda}.is_available", lambda: True)
+    monkeypatch.setattr(f"{cuda}.mem_get_info", lambda: (free - 50_000, 80_000_000_000))
+    monkeypatch.setattr(f"{cuda}.memory_reserved", lambda: 80_000)
+    monkeypatch.setattr(f"{cuda}.memory_allocated", lambda: 30_000)
+    monkeypatch.setattr("nsa_models.checkpoint.load_model", None)
+    run = nsa("ask", docs, QUESTION)
+    assert run.code == 4 and "GB of memory, 0.6 GB are free" in run.err
+
+
 def test_skipped_files_are_named(nsa, docs):
     for name in "vwxyz":
         (docs / f"{name}.bin").write_bytes(b"\0")

@@ -63,6 +63,7 @@ ERRORS = [
     (NSAError("other"), 1, "nsa: other"),
     (OSError(errno.ENOSPC, "No space left on device", "kv"), 1, "nsa: kv: No space left on device"),
     (MemoryError(), 1, "nsa: out of memory"),
+    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has"), 1, "nsa: out of memory"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 1, "nsa: out of memory"),
     (ValueError("a bug"), 1, "nsa: unexpected ValueError: a bug; -vv shows where"),
     (KeyboardInterrupt(), 130, "nsa: interrupted"),

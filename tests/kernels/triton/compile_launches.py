@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ TARGETS = {
     "cuda:100": GPUTarget("cuda", 100, 32),
     "hip:gfx942": GPUTarget("hip", "gfx942", 64),
 }
+OF_EACH_VENDOR = {"D192/128 G128", "D64 G3 packed", "D64 G16 packed"}  # for one target each: 25 s of CPU a target
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
 POINTERS |= {torch.int64: "*i64", torch.int16: "*i16", torch.int8: "*i8"}
 
@@ -46,19 +48,32 @@ def launches(call: Callable[[], object]) -> list[tuple[JITFunction, dict]]:
     return found
 
 
+def specialized(kernel: JITFunction, arguments: dict) -> tuple:
+    """What of these arguments is compiled in: another call with the same needs no compilation."""
+    found = [kernel.__name__]
+    for parameter in kernel.params:
+        value = arguments[parameter.name]
+        if isinstance(value, int) and not parameter.is_constexpr:
+            fixed = parameter.do_not_specialize
+            value = value >= 2**31 if fixed else (value == 1, value % 16 == 0, value >= 2**31)
+        found.append(value.dtype if isinstance(value, torch.Tensor) else value)
+    return tuple(found)
+
+
 def compile_for(target: str, kernel: JITFunction, arguments: dict):
     """What Triton would compile for these arguments, specialised as its launcher does it."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        whole = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (whole and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i64" if value >= 2**31 else "i32"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (whole and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     options = {name: value for name, value in arguments.items() if name not in kernel.arg_names}
     return triton.compile(ASTSource(kernel, signature, constants, attributes), TARGETS[target], options)
@@ -118,6 +133,7 @@ def decode_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "D128 G16", lambda: run(16, 64, 4, 128, 128, paper)
     yield "D192/128 G16", lambda: run(64, 64, 4, 192, 128, paper)
     yield "D64 G16 blocks of 16", lambda: run(1, 32, 2, 64, 64, nsa_1b)
+    yield "D192/128 G128", lambda: run(1, 128, 1, 192, 128, paper)
     yield "D64 G3 fp32", lambda: run(1, 9, 3, 64, 64, paper, torch.float32)
 
 
@@ -145,9 +161,9 @@ def append_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "D64 G16 blocks of 16", lambda: run(1, 32, 2, 64, 64, "linear", Variant(16, 16, 16, 16, 0, 1, 128))
 
 
-def gpu_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+def attend(HQ, HKV, D, Dv, variant, T, offset=0, packing=None) -> None:
+    """`gpu.nsa_attention` of T queries after `offset` tokens, forward and backward."""
     from nsa_kernels import gpu, selected
-    from nsa_kernels.variant import Variant
 
     def tensor(*shape, dtype=torch.bfloat16):
         return torch.empty(*shape, device="meta", dtype=dtype, requires_grad=dtype.is_floating_point)
@@ -157,25 +173,61 @@ def gpu_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         pieces, starts = tensor(HKV, 2 * blocks, 3, dtype=long), tensor(HKV, blocks + 1, dtype=long)
         return selected.Choosers(tensor(chosen.numel(), dtype=torch.int32), pieces, starts)
 
-    def run(HQ, HKV, D, Dv, variant, T=8192):
-        NC = variant.compressed_count(T)
-        q, k, v, gates = tensor(T, HQ, D), tensor(T, HKV, D), tensor(T, HKV, Dv), tensor(T, HQ, 3)
-        o, _ = gpu.nsa_attention(q, k, v, tensor(NC, HKV, D), tensor(NC, HKV, Dv), gates, variant)
-        o.backward(torch.empty_like(o))
-
     selected.Choosers.of = staticmethod(choosers)
+    S = offset + T
+    NC = packing.keys if packing else variant.compressed_count(S)
+    q, k, v, gates = tensor(T, HQ, D), tensor(S, HKV, D), tensor(S, HKV, Dv), tensor(T, HQ, 3)
+    cmp = tensor(NC, HKV, D), tensor(NC, HKV, Dv)
+    o, _ = gpu.nsa_attention(q, k, v, *cmp, gates, variant, offset=offset, packing=packing)
+    o.backward(torch.empty_like(o))
+
+
+def gpu_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    from nsa_kernels.packing import Packing
+    from nsa_kernels.variant import Variant
+
+    def run(HQ, HKV, D, Dv, variant, T=8192, sequences=None):
+        packing = sequences and Packing(torch.empty(sequences + 1, device="meta", dtype=torch.int32), T, variant)
+        attend(HQ, HKV, D, Dv, variant, T, packing=packing)
+
     yield "D64 G3", lambda: run(9, 3, 64, 64, Variant(32, 32))
     yield "D128 G16", lambda: run(64, 4, 128, 128, Variant())
     yield "D192/128 G16", lambda: run(64, 4, 192, 128, Variant())
     streamed = Variant(16, 16, 16, 16, 0, 1, 128, topk="streamed", topk_chunk=16)
     yield "D64 G16 blocks of 16", lambda: run(32, 2, 64, 64, streamed)
+    yield "D192/128 G128", lambda: run(128, 1, 192, 128, Variant())
+    yield "D64 G3 packed", lambda: run(9, 3, 64, 64, Variant(), sequences=5)
+    yield "D64 G16 packed", lambda: run(32, 2, 64, 64, Variant(), sequences=5)
+
+
+def print_specialized(target: str) -> None:
+    """One JSON list of what is compiled for each of several prompts, and one for each of several caches."""
+    from nsa_kernels.decode import decode_attention
+    from nsa_kernels.variant import Variant
+
+    def show(kind: str, call: Callable[[], object]) -> None:
+        print(json.dumps([kind, sorted({str(specialized(*launch)) for launch in launches(call)})]))
+
+    for T, offset in ((4096, 0), (4111, 0), (333, 4096), (1, 5001)):
+        show("G3", partial(attend, 9, 3, 64, 64, Variant(), T, offset))
+    for T, offset in ((4096, 0), (2, 1333)):
+        show("G16", partial(attend, 32, 2, 64, 64, Variant(), T, offset))
+    for capacity in (8128, 8256, 9280):
+        rows = Variant().compressed_count(capacity)
+        shapes = (1, 9, 64), *((1, 3, count, 64) for count in (capacity, capacity, rows, rows)), (1, 9, 3)
+        x = [torch.empty(*shape, device="meta", dtype=torch.bfloat16) for shape in shapes]
+        lengths = torch.empty(1, device="meta", dtype=torch.int32)
+        show("decode", partial(decode_attention, *x, lengths, Variant()))
 
 
 def main(suite: str, target: str, only: str = "") -> None:
-    for name in ("ranged", "select", "selected") if suite == "gpu" else (suite,):
+    for name in ("ranged", "select", "selected", "decode", "flash"):
         __import__(f"nsa_kernels.{name}", fromlist=[name]).target_of = lambda x: target
+    if suite == "specialized":
+        print_specialized(target)
+        return
     for case, call in globals()[f"{suite}_cases"]():
-        if only not in case:
+        if only not in case or (case in OF_EACH_VENDOR and target not in ("cuda:80", "hip:gfx942")):
             continue
         seen = set()
         for kernel, arguments in launches(call):
