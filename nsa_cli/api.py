@@ -23,7 +23,7 @@ from nsa_cli.jobs import groups, parse_jobs
 from nsa_cli.output import NORMAL, QUIET, Verbosity, describe
 from nsa_cli.packing import Packing, pack, reads_in_parts, room_beside
 from nsa_cli.recipe import load_recipe
-from nsa_cli.steps import RecipeAnswer, run_recipe
+from nsa_cli.steps import RecipeAnswer, pack_for, run_recipe
 from nsa_cli.summarize import JOIN, WHOLE, Wish, ask_about, summarize
 from nsa_models.errors import InputError
 
@@ -101,17 +101,17 @@ class NSA:
             bound = load_recipe(os.fspath(recipe)).bind(params or {})
             read, packing, request = self._options(options)
             documents, skips = _documents(paths, text, bound.read_options(read))
-            context = pack(documents, skips, self.checkpoint, "", request, reads_in_parts(packing))
-            return run_recipe(self.checkpoint, bound, context, request, tell, set(options))
+            context = pack_for(bound, documents, skips, self.checkpoint, request, packing, _given(options))
+            return run_recipe(self.checkpoint, bound, context, request, tell, _given(options))
 
     def batch(self, jobs: Iterable[Mapping], **options: object) -> list[dict]:
         """The records of jobs, in their order: each as a line of nsa batch's input and output, as dicts. Jobs about
         the same document have it read once.
         """
         with self._speaking():
-            read, _, request = self._options(options)
+            read, packing, request = self._options(options)
             listed = parse_jobs("\n".join(map(json.dumps, jobs)).encode())
-            engine = local_engine(self.checkpoint, Settings(read, request, explicit=frozenset(options)))
+            engine = local_engine(self.checkpoint, Settings(read, request, explicit=_given(options), packing=packing))
             records = {job.key: record for job, record in engine(groups(listed))}
             return [records[job.key] for job in listed]
 
@@ -156,6 +156,11 @@ def _parsed(command: click.Command, options: Mapping[str, object]):
         return command.main(arguments, prog_name="nsa", standalone_mode=False)
     except click.UsageError as error:
         raise InputError(describe(error)[0]) from None
+
+
+def _given(options: Mapping[str, object]) -> frozenset[str]:
+    """What is not left to a recipe, as fields of Sampling, Request and Packing."""
+    return frozenset("levels" if name == "level" else name for name in options)
 
 
 def _documents(paths, text: str | None, read: ReadOptions) -> tuple[list[Document], list[Skip]]:

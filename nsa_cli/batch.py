@@ -12,10 +12,12 @@ from nsa_cli.documents import Document, ReadOptions, Skip, read_documents
 from nsa_cli.held import Held
 from nsa_cli.jobs import Job, groups
 from nsa_cli.output import describe, progress, say, say_skipped
+from nsa_cli.packing import Packing, pack, room_beside
 from nsa_cli.recipe import Recipe, find_recipe, load_recipe
 from nsa_cli.records import RecordFile, RecordStream
 from nsa_cli.schema import parse_schema
-from nsa_cli.steps import run_recipe
+from nsa_cli.steps import pack_for, run_recipe
+from nsa_cli.summarize import ask_about
 from nsa_models.errors import BatchError, InputError
 
 if TYPE_CHECKING:
@@ -31,12 +33,14 @@ class Settings:
     read: ReadOptions
     request: Request
     reproducible: bool = False
-    explicit: frozenset[str] = frozenset()  # of the request, what was typed: there a recipe does not decide
+    explicit: frozenset[str] = frozenset()  # what was typed of request and packing: there a recipe does not decide
+    packing: Packing = Packing()
 
     def digest(self, job: Job, model: str) -> str:
         """12 hex digits of what an answer depends on: the job, these settings and the model (its fingerprint)."""
         request = replace(self.request, held=None, store="use", fit=False)  # neither changes an answer
         about = [asdict(replace(job, line=0, id=None)), asdict(request), asdict(self.read), self.reproducible, model]
+        about += [asdict(self.packing)] if self.packing != Packing() else []
         if job.recipe:
             about += [sorted(self.explicit), recipe_text(job.recipe)]
         text = json.dumps(about, sort_keys=True)
@@ -90,12 +94,12 @@ def documents_of(job: Job, options: ReadOptions) -> tuple[list[Document], list[S
 
 
 class Worker:
-    """Tasks -> records, with one checkpoint. The documents of the last task stay encoded, and read in memory."""
+    """Tasks -> records, with one checkpoint. The context of the last task stays encoded, and read in memory."""
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
         self.checkpoint, self.settings = checkpoint, settings
         self.request = replace(settings.request, held=Held())
-        self.documents: Sequence[Document] = ()
+        self.packed: tuple | None = None  # what `context` was packed from
         self.context: Context | None = None
 
     def record(self, task: Task) -> dict:
@@ -115,24 +119,38 @@ class Worker:
         return {"id": task.job.id} | result | (error_of(*failed) if failed else {})
 
     def answer(self, task: Task) -> Answer:
-        context = self.encode(task)
+        context = self.pack(task)
         if task.recipe:
             reply = run_recipe(self.checkpoint, task.recipe, context, self.request, silent, self.settings.explicit)
         else:
-            schema = None if task.job.schema is None else parse_schema(task.job.schema)
-            reply = answer(self.checkpoint, context, task.job.question, replace(self.request, schema=schema), silent)
+            reply = self.reply(context, task.job)
         if reply.finish_reason == "interrupted":
             raise KeyboardInterrupt
         return reply
 
-    def encode(self, task: Task) -> "Context":
-        from nsa_cli.context import build_context
+    def reply(self, context: "Context", job: Job) -> Answer:
+        request = replace(self.request, schema=None if job.schema is None else parse_schema(job.schema))
+        if self.settings.packing.overflow != "shard":
+            return answer(self.checkpoint, context, job.question, request, silent)
+        room = room_beside(self.checkpoint, job.question, request, self.settings.packing)
+        (reply,) = ask_about(self.checkpoint, context, [job.question], request, room, silent)
+        return reply
 
-        if self.context is None or self.documents != task.documents:
-            self.context = None
-            self.request.held.drop()
-            self.context = build_context(task.documents, self.checkpoint.tokenizer, task.skips)
-            self.documents = task.documents
+    def pack(self, task: Task) -> "Context":
+        """The task's context: that of the task before, where the question cannot make a difference."""
+        settings = self.settings
+        packing = task.recipe.packed(settings.packing, settings.explicit) if task.recipe else settings.packing
+        fitted = (task.job.question, task.recipe) if packing.overflow in ("outline", "drop") else None
+        wanted = (task.documents, packing, fitted)
+        if self.context is None or self.packed != wanted:
+            sources = task.documents, task.skips, self.checkpoint
+            if task.recipe:
+                context = pack_for(task.recipe, *sources, self.request, packing, settings.explicit)
+            else:
+                context = pack(*sources, task.job.question, self.request, packing)
+            if self.context is None or self.context.ids != context.ids:
+                self.request.held.drop()
+            self.packed, self.context = wanted, context
         return self.context
 
 

@@ -100,6 +100,29 @@ class ContextFile:
         """The line of the file, of which an outline holds a few."""
         return self.document.lines[line - 1] if self.document.lines else line
 
+    @property
+    def begins(self) -> str:
+        """Where in the document, as `line 40` or `p. 41`; '' at its beginning."""
+        if self.first_line == 1:
+            return ""
+        line = self.file_line(self.first_line)
+        part = self.document.part_at(line)
+        return part if part and self.document.converted else f"line {line}"
+
+    def held(self) -> Document:
+        """The document, of these lines alone."""
+        if self.first_line == 1 and len(self.text) >= len(self.document.text):
+            return self.document
+        numbers = range(self.first_line, self.first_line + len(self.line_ends))
+        parts = [replace(part, line=part.line - self.first_line + 1) for part in self.document.parts]
+        return replace(
+            self.document,
+            text=self.text,
+            parts=tuple(part for part in parts if 1 <= part.line <= len(numbers)),
+            lines=tuple(map(self.file_line, numbers)),
+            begins=self.begins,
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Context:
@@ -175,7 +198,7 @@ def arrange(
 
 
 def listing_text(documents: Sequence[Document]) -> str:
-    notes = {"full": "", "outline": " (outline)", "name": " (name only)"}
+    notes = {"full": "", "code": " (code)", "outline": " (outline)", "name": " (name only)"}
     return "Files:\n" + "".join(f"{document.path}{notes[document.level]}\n" for document in documents) + "\n"
 
 
@@ -195,12 +218,12 @@ def encode(document: Document, tokenizer: "Tokenizer", text: str | None = None, 
 
 def title(file: ContextFile) -> str:
     """A path, and what there is to say about what follows: `a.py (outline)`, `book.pdf (from p. 41)`."""
-    line = file.file_line(file.first_line)
-    part = file.document.part_at(line)
-    notes = ["outline"] if file.document.level == "outline" else []
-    if file.first_line > 1:
-        notes.append(f"from {part}" if part and file.document.converted else f"from line {line}")
-    return f"{file.path} ({', '.join(notes)})" if notes else file.path
+    return file.path + notes(file.document, file.begins)
+
+
+def notes(document: Document, begins: str) -> str:
+    found = [document.level] * (document.level != "full") + [f"from {begins}"] * bool(begins)
+    return f" ({', '.join(found)})" if found else ""
 
 
 def block_borders(text: str) -> Iterator[int]:
@@ -272,7 +295,8 @@ def check_budget(tokens: int, limit: int, files: Sequence[ContextFile]) -> None:
         raise BudgetError("the question and its answer alone take more than the context holds; raise --max-context")
     largest = sorted(files, key=lambda file: -file.tokens)[:3]
     named = ", ".join(f"{file.path} {file.tokens:,}" for file in largest)
-    leave_out = what_to_exclude(over, {file.path: file.tokens for file in files})
+    on_disk = [file for file in files if not file.path.startswith("<")]  # not standard input, git's diff or log
+    leave_out = what_to_exclude(over, {file.path: file.tokens for file in on_disk}, sum(f.tokens for f in files))
     advice = " ".join(f"--exclude {shlex.quote(escape(path))}" for path in leave_out)
     raise BudgetError(
         f"{tokens:,} tokens are {over:,} more than the {limit:,} that fit; largest: {named}; "
@@ -284,14 +308,14 @@ def check_budget(tokens: int, limit: int, files: Sequence[ContextFile]) -> None:
     )
 
 
-def what_to_exclude(over: int, sizes: dict[str, int]) -> list[str]:
+def what_to_exclude(over: int, sizes: dict[str, int], whole: int) -> list[str]:
     """The smallest file or directory that holds `over` tokens; else the two or three largest files that do; else the
-    two or three largest directories or files beside each other that do; else [].
+    two or three largest directories or files beside each other that do; else []. Of `whole` tokens, some are left.
     """
     candidates = Counter(sizes)
     for path, tokens in sizes.items():
-        candidates.update({str(parent): tokens for parent in PurePosixPath(path).parents if parent.name})
-    whole = sum(sizes.values())
+        parents = (parent for parent in PurePosixPath(path).parents if parent.name not in ("", ".."))
+        candidates.update({str(parent): tokens for parent in parents})
     enough = [(tokens, path) for path, tokens in candidates.items() if over <= tokens < whole]
     if enough:
         return [min(enough)[1]]
@@ -304,5 +328,6 @@ def what_to_exclude(over: int, sizes: dict[str, int]) -> list[str]:
 
 
 def escape(path: str) -> str:
-    """`path` as a pattern that matches only itself."""
-    return re.sub(r"([\\*?\[!#])", r"\\\1", path)
+    """`path` as a pattern that matches it; of what a path is shown without, one character stands for another."""
+    path = re.sub(r"([\\*?\[!#])", r"\\\1", path).replace("\ufffd", "?")
+    return path[:-1] + "\\ " if path.endswith(" ") else path

@@ -9,9 +9,9 @@ from nsa_cli.batch import TEXT
 from nsa_cli.checkpoint import Checkpoint
 from nsa_cli.checks import failed_checks
 from nsa_cli.documents import Document, ReadOptions, read_documents
-from nsa_cli.packing import Packing, pack, reads_in_parts
+from nsa_cli.packing import Packing
 from nsa_cli.recipe import Example, Recipe
-from nsa_cli.steps import RecipeAnswer, run_recipe
+from nsa_cli.steps import RecipeAnswer, pack_for, run_recipe
 from nsa_models.errors import CheckError
 
 if TYPE_CHECKING:
@@ -44,4 +44,4 @@ def _context(checkpoint: Checkpoint, recipe: Recipe, bound: Recipe, example: Exa
     if example.paths:
         paths = [str(recipe.path.parent / path) for path in example.paths]
         documents, skips = read_documents(paths, bound.read_options(ReadOptions()))
-    return pack(documents, skips, checkpoint, "", Request(), reads_in_parts(Packing()))
+    return pack_for(bound, documents, skips, checkpoint, Request(), Packing())

@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from xml.sax.saxutils import escape, quoteattr
 
 from nsa_cli.answer import SCHEMA_VERSION
-from nsa_cli.context import listing_text
+from nsa_cli.context import listing_text, notes
 from nsa_cli.documents import Document, Skip
 from nsa_cli.documents.readers import suffix_of
 
+HEADER = re.compile(r"^(={3,}) (?!=).* \1$", re.MULTILINE)
 FORMATS = ("text", "markdown", "xml", "json")
 
 
-def export(documents: Sequence[Document], skips: Sequence[Skip], form: str, numbered: bool) -> str:
-    """`documents` in their order; those of which only the name is wanted stand in the list of files."""
+def export(documents: Sequence[Document], skips: Sequence[Skip], form: str, numbered: bool, listed: bool = True) -> str:
+    """`documents` in their order; those of which only the name is wanted stand in the list of files, if `listed`."""
     shown = [(document, body(document, numbered)) for document in documents if document.level != "name"]
-    listing = listing_text(documents) if len(documents) > 1 else ""
+    listing = listing_text(documents) if listed and len(documents) > 1 else ""
     return {"text": to_text, "markdown": to_markdown, "xml": to_xml, "json": to_json}[form](listing, shown, skips)
 
 
@@ -32,11 +33,20 @@ def body(document: Document, numbered: bool) -> str:
 
 
 def name_of(document: Document) -> str:
-    return document.path + (" (outline)" if document.level == "outline" else "")
+    return document.path + notes(document, document.begins)
+
+
+def about(document: Document, text: str) -> dict[str, str | int]:
+    """What else to say of it: a language by its usual file ending, and the count of lines."""
+    language = "" if document.converted else suffix_of(document.path).removeprefix(".")
+    return ({"language": language} if language.isalnum() else {}) | {"lines": text.count("\n")}
 
 
 def to_text(listing: str, shown: list[tuple[Document, str]], skips: Sequence[Skip]) -> str:
-    return listing + "".join(f"=== {name_of(document)} ===\n{text}" for document, text in shown)
+    """What the model reads; but where a line of a text looks like a header, headers have more `=` than it."""
+    runs = [len(run) for _, text in shown for run in HEADER.findall(text)]
+    fence = "=" * (max(runs, default=2) + 1)
+    return listing + "".join(f"{fence} {name_of(document)} {fence}\n{text}" for document, text in shown)
 
 
 def to_markdown(listing: str, shown: list[tuple[Document, str]], skips: Sequence[Skip]) -> str:
@@ -58,6 +68,8 @@ def to_xml(listing: str, shown: list[tuple[Document, str]], skips: Sequence[Skip
     pieces = [f"<files>\n{xml_text(listing.removeprefix('Files:').strip())}\n</files>\n"] if listing else []
     for document, text in shown:
         level = f' level="{document.level}"' if document.level != "full" else ""
+        level += f" from={quoteattr(xml_safe(document.begins))}" if document.begins else ""
+        level += "".join(f' {name}="{value}"' for name, value in about(document, text).items())
         pieces.append(f"<document path={quoteattr(xml_safe(document.path))}{level}>\n{xml_text(text)}</document>\n")
     return "<documents>\n" + "".join(pieces) + "</documents>\n"
 
@@ -75,6 +87,8 @@ def to_json(listing: str, shown: list[tuple[Document, str]], skips: Sequence[Ski
         {
             "path": document.path,
             "level": document.level,
+            **about(document, text),
+            **({"from": document.begins} if document.begins else {}),
             "text": text,
             "parts": [{"line": part.line, "label": part.label} for part in document.parts],
         }

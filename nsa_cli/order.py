@@ -7,14 +7,30 @@ from pathlib import Path, PurePosixPath
 
 from nsa_cli.documents import Document
 from nsa_cli.documents.git import run_git
-from nsa_cli.documents.ignore import find_repository
+from nsa_cli.documents.ignore import Rules, find_repository
+from nsa_cli.documents.walk import matched
 
 ORDERS = ("path", "readme", "recency", "churn", "importance")
 COMMITS = 1000  # of a repository's history that count
 
 
-def in_order(documents: Sequence[Document], policy: str) -> list[Document]:
-    """path: as they come. readme: READMEs first. The others: what matters most last, next to the question."""
+def in_order(documents: Sequence[Document], policy: str, prefer: Sequence[str] = ()) -> list[Document]:
+    """path: as they come. readme: READMEs first. The others: what matters most last, next to the question; and so does
+    what a pattern of `prefer` matches, whatever the policy.
+    """
+    ordered = _in_order(documents, policy)
+    preferred = zip(preferences(ordered, prefer), ordered, strict=True)
+    return [document for _, document in sorted(preferred, key=lambda pair: pair[0])]
+
+
+def preferences(documents: Sequence[Document], prefer: Sequence[str]) -> list[int]:
+    """Higher for what an earlier pattern matches; 0 for what none does."""
+    rules = [Rules().adding("", [pattern]) for pattern in prefer]
+    paths = (document.path.lstrip("/") for document in documents)
+    return [next((len(rules) - i for i, rule in enumerate(rules) if matched(rule, path)), 0) for path in paths]
+
+
+def _in_order(documents: Sequence[Document], policy: str) -> list[Document]:
     if policy == "path":
         return list(documents)
     if policy == "readme":

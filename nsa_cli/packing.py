@@ -11,7 +11,7 @@ from nsa_cli.context import Context, ContextFile, Grid, arrange, check_budget, e
 from nsa_cli.documents import Document, Skip
 from nsa_cli.documents.ignore import Rules
 from nsa_cli.documents.walk import matched
-from nsa_cli.order import ORDERS, in_order, priorities
+from nsa_cli.order import ORDERS, in_order, preferences, priorities
 from nsa_cli.output import warn
 from nsa_cli.settings import cache_dir
 from nsa_cli.token_cache import TokenCache
@@ -33,7 +33,7 @@ __all__ = [
     "tree",
 ]
 
-LEVELS = ("full", "outline", "name")
+LEVELS = ("full", "code", "outline", "name")
 OVERFLOWS = ("error", "shard", "outline", "drop")
 
 
@@ -42,15 +42,16 @@ class Packing:
     """How documents become a context."""
 
     order: str = "path"
+    prefer: tuple[str, ...] = ()  # .gitignore patterns of what matters most, the most important first
     levels: tuple[tuple[str, str], ...] = ()  # (.gitignore pattern, level); the first that matches counts
-    overflow: str = "error"
+    overflow: str | None = None  # None = error, or shard where the command reads in parts
     reserve: int | None = None  # tokens to keep free for question and answer, if they take less
     align: bool = False  # files begin at a block of the model's
 
 
 def reads_in_parts(packing: Packing) -> Packing:
-    """For what reads what does not fit in parts, unless that is to be outlined or dropped."""
-    return packing if packing.overflow in ("outline", "drop") else replace(packing, overflow="shard")
+    """For what reads what does not fit in parts, unless something else is asked for."""
+    return replace(packing, overflow=packing.overflow or "shard")
 
 
 def pack(
@@ -96,7 +97,7 @@ def pack_documents(
     What is outlined or dropped for that is warned of by name, and is among the context's skips. The other policies
     leave what is too long as it is, for the caller to refuse or to split.
     """
-    documents = in_order([at_level(document, packing.levels) for document in documents], packing.order)
+    documents = in_order([at_level(d, packing.levels) for d in documents], packing.order, packing.prefer)
     read = [document for document in documents if document.level != "name"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         files = dict(zip(map(id, read), pool.map(lambda d: encode(d, tokenizer), read), strict=True))
@@ -104,7 +105,8 @@ def pack_documents(
     context = packed.context()
     if context.tokens <= room or packing.overflow not in ("outline", "drop"):
         return context
-    ranked = sorted(zip(priorities(documents, packing.order), documents, strict=True), key=lambda item: item[0])
+    ranks = zip(preferences(documents, packing.prefer), priorities(documents, packing.order), strict=True)
+    ranked = sorted(zip(ranks, documents, strict=True), key=lambda item: item[0])
     candidates = [document for _, document in ranked if document.level != "name"]  # the least important first
     shrink = packed.outline if packing.overflow == "outline" else packed.drop
     return shrink(candidates, room)
@@ -114,6 +116,10 @@ def at_level(document: Document, levels: Sequence[tuple[str, str]]) -> Document:
     """A document in the detail that the first matching pattern says."""
     path = document.path.lstrip("/")
     level = next((level for pattern, level in levels if matched(Rules().adding("", [pattern]), path)), "full")
+    if level == "code":
+        from nsa_cli.documents.bare import bare
+
+        return bare(document)
     return document if level == "full" else outlined(document) if level == "outline" else replace(document, level=level)
 
 
@@ -139,10 +145,23 @@ class Packed:
         return arrange(self.documents, files, self.tokenizer, self.skips, self.grid)
 
     def drop(self, candidates: list[Document], room: int) -> Context:
-        """Keep what matters most: every file, from the most important on, that still fits beside those before it."""
+        """Keep what matters most: every file, from the most important on, that still fits beside those before it; and
+        what is only named, unless the names leave no room for a file.
+        """
         whole = self.documents
-        names = sum(self.cost(d) for d in whole if d.level == "name")
-        target = room - names - len(self.tokenizer.encode("Files:\n\n"))
+        named = [d for d in whole if d.level == "name"]
+        kept = self.fitting(candidates, named, room) or self.fitting(candidates, [], room)
+        if not kept:
+            return self.context()
+        self.documents = [d for d in whole if id(d) in kept]
+        gone = [d for d in whole if id(d) not in kept]
+        self.report("left out", gone, [file.tokens if (file := self.files.get(id(d))) else 0 for d in gone], room)
+        return self.context()
+
+    def fitting(self, candidates: list[Document], named: list[Document], room: int) -> set[int]:
+        """The ids of `named` and of the candidates that fit beside them; none if no candidate does."""
+        whole = self.documents
+        target = room - sum(map(self.cost, named)) - len(self.tokenizer.encode("Files:\n\n"))
         if self.grid:
             target -= self.grid.block * len(whole) // 2
         while True:
@@ -151,17 +170,13 @@ class Packed:
                 if (cost := self.cost(document)) <= left:
                     kept.add(id(document))
                     left -= cost
-            self.documents = [d for d in whole if id(d) in kept or d.level == "name"]
-            context = self.context()
-            if context.tokens <= room or not kept:
-                break
-            target -= context.tokens - room  # a list of names takes other tokens than its names, and so does the grid
-        if not context.files:
-            self.documents = whole
-            return self.context()
-        gone = [d for d in whole if d.level != "name" and id(d) not in kept]
-        self.report("left out", gone, [self.files[id(d)].tokens for d in gone], room)
-        return self.context()
+            if not kept:
+                return kept
+            beside = kept | set(map(id, named))
+            tokens = replace(self, documents=[d for d in whole if id(d) in beside]).context().tokens
+            if tokens <= room:
+                return beside
+            target -= tokens - room  # a list of names takes other tokens than its names, and so does the grid
 
     def cost(self, document: Document) -> int:
         """Tokens of a document and of its name in the list of files."""

@@ -2,18 +2,20 @@
 
 import re
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 
-from nsa_cli.chapters import Chapter, chapters
 from nsa_cli.context import Context, ContextFile, encode, place_after
+from nsa_cli.documents.chapters import chapters
+from nsa_cli.documents.document import Part as DocumentPart
 from nsa_models.errors import InputError
 
 
 @dataclass(frozen=True)
 class Part:
-    """label: what it is, for people and for the model: `a.py`, `novel.txt: CHAPTER IV`, `a.py:1-80 to b.py:1-12`."""
+    """label: what it is, for people and for the model: `a.py`, `novel.txt: ch. 4`, `a.py:1-80 to b.py:1-12`."""
 
     label: str
     context: Context
@@ -79,24 +81,18 @@ def _by_file(context: Context) -> Iterator[tuple[str, list[ContextFile]]]:
 
 def _by_chapter(context: Context) -> Iterator[tuple[str, list[ContextFile]]]:
     for file in context.files:
-        found = _own_chapters(file) or chapters(file.text, file.path)
+        found = chapters(file.text, _headings(file), file.path)
         for chapter in found:
             label = file.path if len(found) == 1 else f"{file.path}: {chapter.title}"
             text = file.text[chapter.start : chapter.stop]
             yield label, [encode(file.document, context.tokenizer, text, file.first_line + chapter.first_line - 1)]
 
 
-def _own_chapters(file: ContextFile) -> list[Chapter]:
-    """Those that the format itself marks, as an EPUB does; what comes before the first belongs to it."""
-    marked = [part for part in file.document.parts if file.document.converted and part.label.startswith("ch. ")]
-    lines = {part.label.partition(" § ")[0]: part.line for part in reversed(marked)}
-    starts = [(line - file.first_line, title) for title, line in reversed(lines.items())]
-    starts = [(line, title) for line, title in starts if 0 <= line < len(file.line_ends)]
-    if len(starts) < 2:
-        return []
-    starts[0] = (0, starts[0][1])
-    at = [file.line_ends[line - 1] + 1 if line else 0 for line, _ in starts] + [len(file.text)]
-    return [Chapter(title, at[i], at[i + 1], line + 1) for i, (line, title) in enumerate(starts)]
+def _headings(file: ContextFile) -> list[DocumentPart]:
+    """The document's parts at the lines of this text, which may be some of its lines, or its outline."""
+    lines = file.document.lines or range(1, file.document.text.count("\n") + 2)
+    moved = [replace(part, line=bisect_left(lines, part.line) + 2 - file.first_line) for part in file.document.parts]
+    return [part for part in moved if 1 <= part.line <= len(file.line_ends)]
 
 
 def _context(files: Sequence[ContextFile], like: Context) -> Context:

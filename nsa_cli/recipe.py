@@ -6,12 +6,13 @@ from what is being read.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nsa_cli import recipe_keys, safe_yaml
 from nsa_cli.documents import ReadOptions
+from nsa_cli.packing import Packing, reads_in_parts
 from nsa_cli.recipe_keys import NAME, Problem, Values, suggest
 from nsa_cli.settings import config_dir
 from nsa_models.errors import InputError
@@ -76,6 +77,7 @@ class Recipe:
     around: int = 0
     max_context: int | None = None
     evidence: int | None = None
+    packing: Mapping[str, object] = field(default_factory=dict)  # fields of Packing
     expect: Mapping[str, object] = field(default_factory=dict)
     examples: tuple[Example, ...] = ()
 
@@ -110,6 +112,11 @@ class Recipe:
     def read_options(self, read: ReadOptions) -> ReadOptions:
         """`read`, with the recipe's patterns; --include of the command line replaces the recipe's."""
         return replace(read, include=read.include or self.include, exclude=self.exclude + read.exclude)
+
+    def packed(self, packing: Packing, explicit: Collection[str]) -> Packing:
+        """`packing`, with what the recipe says of it, except for the fields that are named in `explicit`."""
+        own = {name: value for name, value in self.packing.items() if name not in explicit}
+        return reads_in_parts(replace(packing, **own))
 
     def values(self, given: Mapping[str, object]) -> dict[str, object]:
         """Every parameter's value. Raises InputError as `bind` does."""
@@ -218,9 +225,17 @@ def _recipe(values: Values, path: Path) -> Recipe:
         around=sources.get("around", 0),
         max_context=context.get("max_context"),
         evidence=context.get("evidence"),
+        packing=_packing(context),
         expect=_plain(values.get("expect") or Values()),
         examples=tuple(_example(example) for example in values.get("examples", ())),
     )
+
+
+def _packing(context: Values) -> dict[str, object]:
+    own = {name: context.get(name) for name in ("order", "overflow") if name in context.lines}
+    levels = tuple(tuple(text.rpartition("=")[::2]) for text in context.get("levels", ()))
+    prefer = {"prefer": tuple(context.get("prefer"))} if "prefer" in context.lines else {}
+    return own | prefer | ({"levels": levels} if levels else {})
 
 
 def _example(example: Values) -> Example:

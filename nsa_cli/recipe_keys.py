@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import click
 
+from nsa_cli.packing import LEVELS, ORDERS, OVERFLOWS
 from nsa_cli.safe_yaml import Node
 from nsa_cli.units import parse_quantity
 
@@ -242,6 +243,10 @@ CONTEXT = Keys(
     {
         "max_context": Key(Quantity(), "Most tokens of text, prompt and answer at a time, such as 8k."),
         "evidence": Key(Number(0, 1000, whole=True), "Most places to name; 0 = none."),
+        "order": Key(Text(ORDERS), "Of files; what matters most comes last."),
+        "prefer": Key(ListOf(Text()), "Patterns of the files that matter most: they come last, and are dropped last."),
+        "overflow": Key(Text(OVERFLOWS), "What to do where files do not fit. Default: shard, read them in parts."),
+        "levels": Key(ListOf(Text(pattern=f".+=({'|'.join(LEVELS)})")), "Detail of matching files: 'tests=outline'."),
     }
 )
 SHARE = Number(0, 1)

@@ -7,12 +7,15 @@ from nsa_cli.answer import Request
 from nsa_cli.commands.run import problems_of
 from nsa_cli.documents import ReadOptions
 from nsa_cli.output import write_atomically
+from nsa_cli.packing import Packing
 from nsa_cli.recipe import user_dir
 from nsa_models.errors import InputError
 from nsa_models.sampling import Sampling
 
 
-def save_recipe(name: str, question: str, request: Request, read: ReadOptions, typed: Collection[str]) -> Path:
+def save_recipe(
+    name: str, question: str, request: Request, read: ReadOptions, packing: Packing, typed: Collection[str]
+) -> Path:
     """Write recipe `name` that asks `question` as these options say, those that were typed; returns where it is.
 
     Raises InputError if there is one of that name in the user's folder, or the question cannot stand in a recipe.
@@ -23,7 +26,8 @@ def save_recipe(name: str, question: str, request: Request, read: ReadOptions, t
     if path.exists():
         raise InputError(f"{path} is there already; choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, yaml.safe_dump(recipe(name, question, request, read, typed), sort_keys=False).encode())
+    saved = recipe(name, question, request, read, packing, typed)
+    write_atomically(path, yaml.safe_dump(saved, sort_keys=False).encode())
     problems = problems_of(path)
     if problems:
         path.unlink()
@@ -31,14 +35,18 @@ def save_recipe(name: str, question: str, request: Request, read: ReadOptions, t
     return path
 
 
-def recipe(name: str, question: str, request: Request, read: ReadOptions, typed: Collection[str]) -> dict:
+def recipe(
+    name: str, question: str, request: Request, read: ReadOptions, packing: Packing, typed: Collection[str]
+) -> dict:
     """The recipe's keys and values; only those that say something."""
     generate = {key: getattr(request.sampling, key) for key in Sampling.__dataclass_fields__ if key in typed}
     whole = {
         "name": name,
         "description": " ".join(question.split())[:80],
         "sources": {"include": list(read.include), "exclude": list(read.exclude)},
-        "context": {key: getattr(request, key) for key in ("max_context", "evidence") if key in typed},
+        "context": {key: getattr(request, key) for key in ("max_context", "evidence") if key in typed}
+        | {key: getattr(packing, key) for key in ("order", "overflow") if key in typed}
+        | {"prefer": list(packing.prefer), "levels": [f"{pattern}={level}" for pattern, level in packing.levels]},
         "system": request.system,
         "generate": generate | {"stop": list(request.stop)},
         "steps": [{"id": "answer", "prompt": question, "schema": request.schema and request.schema.json}],

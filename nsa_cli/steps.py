@@ -10,12 +10,14 @@ from nsa_cli.checkpoint import Checkpoint
 from nsa_cli.checks import failed_checks
 from nsa_cli.citations import check_citations, texts_in
 from nsa_cli.output import say, warn
+from nsa_cli.packing import Packing, pack
 from nsa_cli.recipe import Recipe, Step
 from nsa_models.errors import CheckError, InputError
 from nsa_models.sampling import Sampling
 
 if TYPE_CHECKING:
     from nsa_cli.context import Context
+    from nsa_cli.documents import Document, Skip
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,21 @@ class RecipeAnswer(Answer):
         """Raise CheckError if an expectation was not met."""
         if self.failed:
             raise CheckError(f"recipe {self.recipe}: {'; '.join(self.failed)}")
+
+
+def pack_for(
+    recipe: Recipe,
+    documents: Sequence["Document"],
+    skips: Sequence["Skip"],
+    checkpoint: Checkpoint,
+    request: Request,
+    packing: Packing,
+    explicit: Collection[str] = (),
+) -> "Context":
+    """The context that a bound recipe's steps read, packed as it says; explicit as for `run_recipe`."""
+    step = max((step for step in recipe.steps if not step.inputs), key=lambda step: len(step.prompt))
+    asked = _request(recipe, step, request, explicit)
+    return pack(documents, skips, checkpoint, step.prompt, asked, recipe.packed(packing, explicit))
 
 
 def run_recipe(

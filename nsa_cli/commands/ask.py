@@ -9,13 +9,9 @@ import click
 
 from nsa_cli.answer import Answer, Request, require_citations, show, silent
 from nsa_cli.commands.options import (
-    answer_options,
-    checkpoint_options,
-    document_options,
-    json_option,
     output_option,
-    packing_options,
     paths_or_stdin,
+    question_options,
     strict_option,
     verbosity_options,
 )
@@ -23,7 +19,7 @@ from nsa_cli.commands.run import explicit
 from nsa_cli.completion import complete_paths
 from nsa_cli.documents import ReadOptions, read_documents
 from nsa_cli.output import emit, say_skipped
-from nsa_cli.packing import pack, room_beside
+from nsa_cli.packing import Packing, pack, room_beside
 from nsa_cli.recipe_keys import NAME
 from nsa_cli.summarize import ask_about
 from nsa_models.errors import CheckError, InputError
@@ -45,11 +41,7 @@ FENCED = re.compile(r"^(?P<fence>`{3,}|~{3,})[^\n]*\n(?P<code>.*?)^(?P=fence)\s*
 )
 @click.option("--save-recipe", metavar="NAME", help="Answer nothing, but save question and options: nsa run NAME PATH.")
 @strict_option
-@document_options
-@packing_options
-@answer_options
-@checkpoint_options
-@json_option
+@question_options
 @output_option
 @verbosity_options
 def command(
@@ -82,7 +74,7 @@ def command(
 
         request = replace(request, schema=load_schema(schema))
     if save_recipe:
-        save(save_recipe, arguments, wanted, request, read)
+        save(save_recipe, arguments, wanted, request, read, packing)
         return
     paths, wanted = split_arguments(arguments, wanted, read)
     documents, skips = read_documents(paths, read)
@@ -96,7 +88,7 @@ def command(
         require_citations(replies)
 
 
-def save(name: str, arguments: Sequence[str], questions: Sequence[str], request: Request, read: ReadOptions) -> None:
+def save(name: str, arguments, questions, request: Request, read: ReadOptions, packing: Packing) -> None:
     """Write the one question as a recipe, and print where it is."""
     from nsa_cli.saved import save_recipe
 
@@ -105,7 +97,7 @@ def save(name: str, arguments: Sequence[str], questions: Sequence[str], request:
     if len([*arguments, *questions]) != 1:
         raise click.UsageError("--save-recipe takes one question, and no paths: those are for nsa run")
     (question,) = (*arguments, *questions)
-    click.echo(save_recipe(name, question, request, read, explicit()))
+    click.echo(save_recipe(name, question, request, read, packing, explicit()))
 
 
 def only_code(reply: Answer) -> Answer:

@@ -11,10 +11,17 @@ import click
 from nsa_cli.answer import Request
 from nsa_cli.batch import Engine, Settings, local_engine, run_batch
 from nsa_cli.checkpoint import Checkpoint
-from nsa_cli.commands.options import answer_options, checkpoint_options, document_options, verbosity_options
+from nsa_cli.commands.options import (
+    answer_options,
+    checkpoint_options,
+    document_options,
+    packing_options,
+    verbosity_options,
+)
 from nsa_cli.commands.run import explicit
 from nsa_cli.completion import complete_paths
 from nsa_cli.jobs import parse_jobs
+from nsa_cli.packing import Packing
 from nsa_cli.records import RecordFile, RecordStream
 from nsa_models.errors import InputError
 
@@ -31,10 +38,13 @@ from nsa_models.errors import InputError
 @click.option("--address", metavar="HOST:PORT", help="The Ray cluster's. Default: start one on this machine.")
 @click.option("--workers", type=click.IntRange(1), help="On the cluster. Default: one a GPU, or one a machine.")
 @document_options
+@packing_options
 @answer_options
 @checkpoint_options
 @verbosity_options
-def command(jobs, output, restart, keep_going, reproducible, engine, read, request, checkpoint, **cluster) -> None:
+def command(
+    jobs, output, restart, keep_going, reproducible, engine, read, packing, request, checkpoint, **cluster
+) -> None:
     """Answer the JOBS of a file, or of standard input (`-`): one JSON object a line in, one a line out.
 
     A job is {"id", "paths": [...] or "text", "question" with or without "schema", or "recipe" with "params"}. Its
@@ -54,6 +64,7 @@ def command(jobs, output, restart, keep_going, reproducible, engine, read, reque
     \b
       nsa batch jobs.jsonl -o answers.jsonl
       nsa batch jobs.jsonl -o answers.jsonl --max-tokens 200 --fail-fast
+      nsa batch jobs.jsonl -o answers.jsonl --order importance --overflow drop --reserve 1k
       nsa batch jobs.jsonl -o answers.jsonl --engine ray --address auto
       echo '{"id": 1, "paths": ["bill.pdf"], "question": "Who is paid?", "schema": "name, amount float"}' | nsa batch -
       jq -c '{id: .n, paths: ["src"], question: .q}' questions.jsonl | nsa batch - | jq -r .answer
@@ -61,7 +72,7 @@ def command(jobs, output, restart, keep_going, reproducible, engine, read, reque
     if engine == "local" and any(cluster.values()):
         raise click.UsageError("--address and --workers are for --engine ray")
     listed = parse_jobs(read_jobs(jobs, output))
-    settings = Settings(read, request, reproducible, typed(request))
+    settings = Settings(read, request, reproducible, typed(request, packing), packing)
     digests = {job.key: settings.digest(job, checkpoint.identity) for job in listed}
     with open_records(output, digests, restart) as records:
         run_batch(listed, make_engine(engine, checkpoint, settings, **cluster), records, keep_going)
@@ -77,9 +88,9 @@ def make_engine(
     return ray_engine(checkpoint, settings, address, workers)
 
 
-def typed(request: Request) -> frozenset[str]:
-    """The fields of the request that are from the command line."""
-    return frozenset(explicit() & {*vars(request), *vars(request.sampling)})
+def typed(request: Request, packing: Packing) -> frozenset[str]:
+    """The fields of both that are from the command line."""
+    return frozenset(explicit() & {*vars(request), *vars(request.sampling), *vars(packing)})
 
 
 @contextmanager

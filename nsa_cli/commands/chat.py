@@ -9,12 +9,8 @@ from pathlib import Path
 import click
 
 from nsa_cli.commands.options import (
-    answer_options,
-    checkpoint_options,
-    document_options,
-    json_option,
-    packing_options,
     paths_or_stdin,
+    question_options,
     verbosity_options,
 )
 from nsa_cli.completion import complete_paths
@@ -33,11 +29,7 @@ PROMPT = "> "
     metavar="FILE",
     help="Keep the conversation in FILE, and go on with the one that is in it. A copy of FILE is a branch.",
 )
-@document_options
-@packing_options
-@answer_options
-@checkpoint_options
-@json_option
+@question_options
 @verbosity_options
 def command(paths, session, read, packing, request, checkpoint, as_json) -> None:
     """Talk about the files and folders at PATH: they are read once, and each question knows those before it.

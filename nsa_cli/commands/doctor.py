@@ -5,23 +5,14 @@ from dataclasses import asdict
 
 import click
 
-from nsa_cli.commands.options import json_option
-from nsa_cli.completion import complete_models
+from nsa_cli.commands.options import json_option, model_option
 from nsa_cli.doctor import BROKEN, examine
 from nsa_cli.output import verbosity_options
 from nsa_models.errors import NSAError
 
 
 @click.command("doctor")
-@click.option(
-    "--model",
-    "-m",
-    metavar="NAME|PATH",
-    envvar="NSA_MODEL",
-    show_envvar=True,
-    shell_complete=complete_models,
-    help="Model to look for.",
-)
+@model_option("Model to look for.")
 @json_option
 @verbosity_options
 @click.pass_context

@@ -3,6 +3,8 @@
 import codecs
 import functools
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +29,10 @@ __all__ = [
     "document_options",
     "json_option",
     "output_option",
+    "model_option",
     "packing_options",
     "paths_or_stdin",
+    "question_options",
     "strict_option",
     "verbosity_options",
 ]
@@ -56,6 +60,8 @@ def document_options(command):
 
     @functools.wraps(command)
     def reading(*args, files_from, null, no_gitignore, no_nsaignore, no_default_ignores, **kwargs):
+        if kwargs["no_files"] and not (kwargs["diff"] or kwargs["log"]):
+            raise click.UsageError("--no-files reads nothing but --diff or --log, and neither is given")
         own = {name: kwargs.pop(name) for name in ReadOptions.__dataclass_fields__ if name in kwargs}
         read = ReadOptions(
             **own,
@@ -85,6 +91,7 @@ def document_options(command):
         click.option("--rev", "revision", metavar="REV", help="Read files as they were in this git revision."),
         click.option("--diff", metavar="REV", help="Read git's diff of the work tree with REV, or of a range A..B."),
         click.option("--log", type=click.IntRange(1), metavar="N", help="Read git's log of the last N commits."),
+        click.option("--no-files", **flag, help="Of the paths, read only what --diff and --log say about them."),
         click.option("--hidden", **flag, help="Also read hidden files; those that git tracks are read anyway."),
         click.option("--follow-links", **flag, help="Also read what symbolic links in directories lead to."),
         click.option("--submodules", **flag, help="Also read repositories inside a repository."),
@@ -104,10 +111,17 @@ def document_options(command):
             metavar="BYTES",
             type=parse_quantity,
             default=str(ReadOptions.max_file_bytes),
-            help=f"Skip larger files of directories: 500k, 2M. [default: {size}; PDF, EPUB, DOCX 64 MB]",
+            help=f"Skip larger files of directories: 500k, 2M. [default: {size}; PDF, EPUB, DOCX, RTF 64 MB]",
         ),
         click.option(
             "--encoding", metavar="NAME", callback=_known_encoding, help="Of text files: cp1252, utf-16, shift_jis."
+        ),
+        click.option(
+            "--convert",
+            metavar="PATTERN=COMMAND",
+            multiple=True,
+            callback=_converters,
+            help="Read of matching files what COMMAND prints: '*.doc=antiword', '*.tex=pandoc -t plain {}'.",
         ),
         click.option(
             "--all-rows", **flag, help=f"Read all of a CSV, TSV or JSONL file, not its first {MAX_ROWS} rows."
@@ -136,9 +150,9 @@ def packing_options(command):
     """Add the options that say how documents become a context; the command gets a `packing`."""
 
     @functools.wraps(command)
-    def with_packing(*args, level, **kwargs):
-        own = {name: kwargs.pop(name) for name in ("order", "overflow", "reserve", "align")}
-        return command(*args, packing=Packing(levels=level, **own), **kwargs)
+    def with_packing(*args, **kwargs):
+        own = {name: kwargs.pop(name) for name in Packing.__dataclass_fields__}
+        return command(*args, packing=Packing(**own), **kwargs)
 
     return _add(
         with_packing,
@@ -146,17 +160,25 @@ def packing_options(command):
             "--order", type=click.Choice(ORDERS), default=Packing.order, help="Of files; what matters most comes last."
         ),
         click.option(
+            "--prefer",
+            metavar="PATTERN",
+            multiple=True,
+            help="Matching files matter most, those of an earlier pattern the more: come last, and are dropped last.",
+        ),
+        click.option(
             "--level",
+            "levels",
             metavar="PATTERN=LEVEL",
             multiple=True,
             callback=_levels,
-            help="full, outline (definitions, headings) or name for matching files; the first match counts.",
+            help="full, code (no comments), outline (definitions, headings) or name for matching files; the first "
+            "match counts.",
         ),
         _option(
             "--overflow",
             type=click.Choice(OVERFLOWS),
-            default=Packing.overflow,
-            help="Where files do not fit: error, read in parts (shard), outline or drop what matters least.",
+            help="Where files do not fit: error, read in parts (shard), outline or drop what matters least. Default: "
+            "error; summarize and run read in parts.",
         ),
         _option("--reserve", type=parse_quantity, metavar="TOKENS", help="Keep so much free for question and answer."),
         click.option("--align", is_flag=True, help="Begin files where a block of the model's attention begins."),
@@ -173,13 +195,7 @@ def checkpoint_options(command):
 
     return _add(
         with_checkpoint,
-        _option(
-            "--model",
-            "-m",
-            metavar="NAME|PATH",
-            shell_complete=complete_models,
-            help="Installed model or checkpoint directory.",
-        ),
+        model_option("Installed model or checkpoint directory."),
         _option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: a GPU if there is one."),
         _option("--threads", type=click.IntRange(1), help="CPU threads. Default: one per core."),
         _option(
@@ -243,6 +259,20 @@ def answer_options(command):
     )
 
 
+def question_options(command):
+    """Add what every command that asks a model about documents takes: it gets a `read`, a `packing`, a `request`, a
+    `checkpoint` and `as_json`.
+    """
+    for add in (json_option, checkpoint_options, answer_options, packing_options, document_options):
+        command = add(command)
+    return command
+
+
+def model_option(help: str):
+    """--model; the command gets its name or path, or None."""
+    return _option("--model", "-m", metavar="NAME|PATH", shell_complete=complete_models, help=help)
+
+
 def read_text(file: str) -> str:
     """What a file says. Raises InputError if it is not there, or not UTF-8."""
     try:
@@ -277,6 +307,24 @@ def _levels(context: click.Context, parameter: click.Parameter, values: tuple[st
         if not pattern or level not in LEVELS:
             raise click.BadParameter(f"write PATTERN=LEVEL with a level of {', '.join(LEVELS)}: 'tests=outline'")
     return pairs
+
+
+def _converters(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    found = []
+    for value in values:
+        pattern, _, line = value.partition("=")
+        try:
+            command = tuple(shlex.split(line))
+        except ValueError as error:
+            raise click.BadParameter(f"{value!r}: {str(error).lower()}") from None
+        if not pattern or not command:
+            raise click.BadParameter("write PATTERN=COMMAND: '*.doc=antiword'")
+        if not shutil.which(command[0]):
+            raise click.BadParameter(f"no program {command[0]!r}")
+        found.append((pattern, command))
+    return tuple(found)
 
 
 def _not_empty(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:

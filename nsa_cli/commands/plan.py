@@ -16,7 +16,7 @@ from nsa_cli.commands.options import (
     verbosity_options,
 )
 from nsa_cli.completion import complete_models, complete_paths
-from nsa_cli.context import Context, ContextFile, Grid, check_budget, parse_tokens
+from nsa_cli.context import Context, Grid, check_budget, parse_tokens, title
 from nsa_cli.documents import read_documents
 from nsa_cli.packing import pack_documents, room_beside, tree
 from nsa_cli.settings import cache_dir
@@ -107,7 +107,7 @@ def to_table(context: Context, room: int, cost: Cost, depth: int | None) -> str:
     """Files by size, what was skipped by reason, and the sums."""
     width = len(f"{context.tokens:,}")
     listing = len(context.listing)
-    rows = [(file.tokens, label(file)) for file in sorted(context.files, key=lambda file: -file.tokens)]
+    rows = [(file.tokens, title(file)) for file in sorted(context.files, key=lambda file: -file.tokens)]
     if depth:
         rows = list(tree(context.files, depth))
     gaps = context.tokens - listing - sum(file.tokens for file in context.files)
@@ -126,10 +126,6 @@ def to_table(context: Context, room: int, cost: Cost, depth: int | None) -> str:
             str(cost),
         ]
     )
-
-
-def label(file: ContextFile) -> str:
-    return file.path + (" (outline)" if file.document.level == "outline" else "")
 
 
 def to_json(checkpoint: Checkpoint, context: Context, room: int, cost: Cost) -> dict:

@@ -6,13 +6,9 @@ from click.shell_completion import CompletionItem
 
 from nsa_cli.answer import show, silent
 from nsa_cli.commands.options import (
-    answer_options,
-    checkpoint_options,
-    document_options,
-    json_option,
     output_option,
-    packing_options,
     paths_or_stdin,
+    question_options,
     verbosity_options,
 )
 from nsa_cli.completion import complete_paths, complete_recipes
@@ -71,23 +67,19 @@ def describe(name: str) -> str:
 def recipe_command(recipe: Recipe) -> click.Command:
     """The command that runs this recipe. Raises InputError if a parameter is called like an option of every command."""
 
-    @document_options
-    @packing_options
-    @answer_options
-    @checkpoint_options
-    @json_option
+    @question_options
     @output_option
     @verbosity_options
     def run(paths, read, packing, request, checkpoint, as_json, **given) -> None:
         from nsa_cli.documents import read_documents
-        from nsa_cli.packing import pack, reads_in_parts
-        from nsa_cli.steps import run_recipe
+        from nsa_cli.steps import pack_for, run_recipe
 
         bound = recipe.bind({name.removeprefix(PREFIX): value for name, value in given.items()})
         documents, skips = read_documents(paths_or_stdin(paths, read), bound.read_options(read))
         say_skipped(skips)
-        context = pack(documents, skips, checkpoint, "", request, reads_in_parts(packing))
-        reply = run_recipe(checkpoint, bound, context, request, silent if as_json else emit, explicit())
+        typed = explicit()
+        context = pack_for(bound, documents, skips, checkpoint, request, packing, typed)
+        reply = run_recipe(checkpoint, bound, context, request, silent if as_json else emit, typed)
         show(reply, as_json)
         reply.require()
 
@@ -122,6 +114,7 @@ def set_defaults(made: click.Command, recipe: Recipe) -> None:
     """Let --help show what the recipe decides for its answer, the last step's."""
     decided = {**recipe.generate, **recipe.steps[-1].generate}
     decided |= {"max_context": recipe.max_context, "evidence": recipe.evidence}
+    decided |= {name: recipe.packing.get(name) for name in ("order", "overflow")}
     for parameter in made.params:
         value = decided.get(parameter.name)
         if value is not None and parameter.name != "stop":

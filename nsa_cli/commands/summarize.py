@@ -7,13 +7,9 @@ from click.core import ParameterSource
 
 from nsa_cli.answer import Answer, require_citations, show, silent
 from nsa_cli.commands.options import (
-    answer_options,
-    checkpoint_options,
-    document_options,
-    json_option,
     output_option,
-    packing_options,
     paths_or_stdin,
+    question_options,
     strict_option,
     verbosity_options,
 )
@@ -44,11 +40,7 @@ class Length(click.ParamType):
 @click.option("--style", type=click.Choice(list(STYLES)), help="How it is written.")
 @click.option("--per", type=click.Choice(["chapter", "file"]), help="A summary for each, under its heading.")
 @strict_option
-@document_options
-@packing_options
-@answer_options
-@checkpoint_options
-@json_option
+@question_options
 @output_option
 @verbosity_options
 def command(paths, focus, length, style, per, strict, read, packing, request, checkpoint, as_json) -> None:

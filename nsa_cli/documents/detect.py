@@ -13,6 +13,16 @@ GENERATED = re.compile(
 )
 
 
+# A picture in a page, a key in a configuration. Tried where a run begins: runs of 999 took 0.4 s a MB, not 0.008.
+DATA = re.compile(r"(?<![A-Za-z0-9+/_-])[A-Za-z0-9+/_-]{1000,}={0,2}")
+
+
+def without_data(text: str) -> tuple[str, int]:
+    """The text with each long run of base64 or the like named in its place, and their characters."""
+    total = sum(len(match[0]) for match in DATA.finditer(text))
+    return DATA.sub(lambda match: f"({len(match[0]):,} characters of data)", text) if total else text, total
+
+
 def machine_made(text: str, prose: bool) -> tuple[str, str] | None:
     """(kind, what it is) of text that nobody wrote to be read; None for all other. prose: long lines are normal."""
     if GENERATED.search(text, 0, HEAD):

@@ -15,6 +15,7 @@ class Part:
 
     line: int
     label: str
+    level: int = 0  # of a chapter or section, 1 the outermost; 0 = a page or a cell
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Document(Text):
     parts: tuple[Part, ...] = ()
     converted: bool = False
     lines: tuple[int, ...] | None = field(default=None, repr=False)  # of the file, for each line; None = 1, 2, 3...
-    level: str = "full"  # or outline, or name: then it is only in the list of files
+    level: str = "full"  # or code, without comments; outline; or name: then it is only in the list of files
+    begins: str = ""  # where in the file, if it is a later part of it: `line 40`, `p. 41`
     source: Path | None = field(default=None, compare=False, repr=False)  # the file on disk, if it is one
 
     def cite(self, first: int, last: int) -> str:
@@ -81,26 +83,30 @@ class ReadOptions:
     submodules: bool = False  # repositories inside a repository
     encoding: str | None = None  # of texts without a byte order mark; None = recognized
     all_rows: bool = False  # of tables; False = the first table.MAX_ROWS
+    convert: tuple[tuple[str, tuple[str, ...]], ...] = ()  # (pattern, command that prints the text); the first counts
     listed: tuple[str, ...] = ()  # files to read beside the paths; what cannot be read of them is skipped
     revision: str | None = None  # a git revision to read files from, in place of the work tree
     diff: str | None = None  # a revision or a range whose difference is read as a document
     log: int | None = None  # commits whose log is read as a document
+    no_files: bool = False  # of the paths, only what `diff` and `log` say
 
 
 class NotText(ValueError):
     """The bytes are no text; the message says what they are."""
 
 
-def assemble(pieces: Iterable[tuple[str, str]], marked: bool = True) -> Extract:
-    """A converted text of labelled pieces; each begins with its label in brackets, which the model can cite."""
+def assemble(pieces: Iterable[tuple[str, str] | tuple[str, str, int]]) -> Extract:
+    """A converted text of (label, text, level) pieces; each begins with its label in brackets, which the model can
+    cite.
+    """
     texts, parts, line = [], [], 1
-    for label, text in pieces:
+    for label, text, *level in pieces:
         text = text.strip("\n")
         if not text.strip():
             continue
-        text = (f"[{label}]\n" if marked and label else "") + text + "\n"
+        text = (f"[{label}]\n" if label else "") + text + "\n"
         if label:
-            parts.append(Part(line, label))
+            parts.append(Part(line, label, *level))
         texts.append(text)
         line += text.count("\n")
     return Extract("".join(texts), tuple(parts), converted=True)

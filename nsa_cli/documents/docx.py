@@ -21,7 +21,7 @@ def read_docx(archive: Archive) -> Extract:
     for level, text in paragraphs(body(archive, DOCUMENT), levels):
         if level:
             lines += [""] if lines and lines[-1] else []
-            parts.append(Part(len(lines) + 1, f'§ "{text}"'))
+            parts.append(Part(len(lines) + 1, f'§ "{text}"', level))
             text = "#" * level + " " + text
         lines += text.split("\n")
     for name in (name for name in NOTES if name in archive.names):

@@ -90,25 +90,26 @@ def _entry(name: str, reference: str, title: str, depth: int) -> Entry:
     return Entry(resolve(name, reference, KIND), unquote(reference.partition("#")[2]), " ".join(title.split()), depth)
 
 
-def chapters(archive: Archive, spine: list[str], toc: list[Entry]) -> Iterator[tuple[str, str]]:
-    """(label, text). What no entry points at goes on with the chapter before it; what comes first has no label."""
+def chapters(archive: Archive, spine: list[str], toc: list[Entry]) -> Iterator[tuple[str, str, int]]:
+    """(label, text, level). What no entry points at goes on with the chapter before it; what comes first has none."""
     depths = Counter(entry.depth for entry in toc)
     # The outermost level that lists several things: a book may stand as one entry above its chapters.
     top = min((depth for depth, entries in depths.items() if entries > 1), default=0)
-    number, label, chapter, texts = 0, "", "", []
+    number, label, chapter, level, texts = 0, "", "", 1, []
     for name in spine:
         page = html.parse(archive.read(name).decode("utf-8", "replace"))
         for title, lines in sections(page, [entry for entry in toc if entry.member == name], bool(toc)):
             if title:
-                yield label, "\n".join(texts)
+                yield label, "\n".join(texts), level
                 texts, (text, depth) = [], title
+                level = max(depth - top, 0) + 1
                 if depth <= top:
                     number += depth == top
                     chapter = label = f'ch. {number} "{text}"' if depth == top else f'"{text}"'
                 else:
                     label = f'{chapter} § "{text}"'.strip()
             texts += lines
-    yield label, "\n".join(texts)
+    yield label, "\n".join(texts), level
 
 
 def sections(

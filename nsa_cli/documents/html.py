@@ -39,7 +39,7 @@ class Page:
 
 def read_html(text: str) -> Extract:
     page = parse(text)
-    parts = tuple(Part(line, f'§ "{title}"') for line, level, title in page.headings if level <= 3)
+    parts = tuple(Part(line, f'§ "{title}"', level) for line, level, title in page.headings if level <= 3)
     lines = page.lines
     if page.title and not page.headings:
         lines = [page.title, "", *lines]

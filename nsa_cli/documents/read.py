@@ -1,19 +1,23 @@
 """Paths as a user names them -> documents."""
 
+import glob
 import os
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from nsa_cli.documents.detect import machine_made
+from nsa_cli.documents.convert import convert
+from nsa_cli.documents.detect import machine_made, without_data
 from nsa_cli.documents.document import Document, Extract, NotText, ReadOptions, Skip
+from nsa_cli.documents.git import Objects
 from nsa_cli.documents.ignore import Rules
 from nsa_cli.documents.readers import BOOKS, PROSE, extract, suffix_of
-from nsa_cli.documents.revision import history_documents, read_object, revision_files
-from nsa_cli.documents.walk import walk, wanted
+from nsa_cli.documents.revision import history_documents, revision_files
+from nsa_cli.documents.walk import matched, walk, wanted
 from nsa_cli.units import format_bytes
 from nsa_models.errors import InputError
 
@@ -48,31 +52,42 @@ def read_documents(
     InputError where a named file cannot be read, and where nothing is left.
     """
     history = history_documents(tuple(paths), options) if options.diff or options.log else []
-    documents = list(history)
-    skips: list[Skip] = []
-    total = 0
-    for file in _distinct(_files(paths, options)):
-        try:
-            extract = _extract(file, options, stdin)
-        except Unreadable as error:
-            if file.named and not file.listed:
-                raise InputError(f"{file.shown}: {error}") from None
-            skips.append(Skip(file.shown, str(error)))
-            continue
-        documents.append(Document(file.shown, extract.text, extract.parts, extract.converted, source=file.path))
-        skips += [Skip(file.shown, extract.note)] if extract.note else []
-        total += len(extract.text)
-        if total > MAX_TOTAL_BYTES:
-            raise InputError(f"more than {format_bytes(MAX_TOTAL_BYTES)} of text; name fewer files or use --include")
-    skips.sort(key=lambda skip: (skip.path, skip.reason))
+    documents, skips = ([], []) if history and options.no_files else _read(_files(paths, options), options, stdin)
+    documents += history
     if not documents:
         raise InputError(_nothing([*paths, *options.listed], skips, options.include))
+    skips.sort(key=lambda skip: (skip.path, skip.reason))
     return sorted(documents, key=lambda document: (document.path, document.text)), skips
+
+
+def _read(files: Iterator[_File], options: ReadOptions, stdin: BinaryIO | None) -> tuple[list[Document], list[Skip]]:
+    documents: list[Document] = []
+    skips: list[Skip] = []
+    total = 0
+    with closing(Objects()) as objects:
+        for file in _distinct(files):
+            try:
+                extract = _extract(file, options, stdin, objects)
+            except Unreadable as error:
+                if file.named and not file.listed:
+                    raise InputError(f"{file.shown}: {error}") from None
+                skips.append(Skip(file.shown, str(error)))
+                continue
+            documents.append(Document(file.shown, extract.text, extract.parts, extract.converted, source=file.path))
+            skips += [Skip(file.shown, extract.note)] if extract.note else []
+            total += len(extract.text)
+            if total > MAX_TOTAL_BYTES:
+                limit = format_bytes(MAX_TOTAL_BYTES)
+                raise InputError(f"more than {limit} of text; name fewer files or use --include")
+    return documents, skips
 
 
 def _files(paths: Sequence[str], options: ReadOptions) -> Iterator[_File]:
     """Named files first, so that one which a directory holds too counts as named."""
+    if "" in paths:
+        raise InputError("a path is empty, as an unset variable of a shell is; . is the folder that you are in")
     exclude = Rules().adding("", options.exclude)
+    paths = [found for path in paths for found in expanded(path)]
     listed = set(options.listed) - set(paths)
     names = [(name, name in listed) for name in dict.fromkeys([*paths, *options.listed])]
     if options.revision is not None:
@@ -85,6 +100,8 @@ def _files(paths: Sequence[str], options: ReadOptions) -> Iterator[_File]:
             yield _File(None, STDIN, MAX_NAMED_BYTES)
         elif path.is_dir():
             prefix = "" if len(names) == 1 or shown == "." else shown.rstrip("/") + "/"
+            if prefix and matched(exclude, shown.lstrip("/")):
+                continue
             root = path.resolve()
             for found in walk(root, options, prefix.lstrip("/")):
                 shown = printable(prefix + found.path) or "."
@@ -94,8 +111,14 @@ def _files(paths: Sequence[str], options: ReadOptions) -> Iterator[_File]:
             if not in_list:
                 raise InputError(f"no such file or directory: {printable(name)}")
             yield _File(path, printable(shown), 0, listed=True, reason="no such file or directory")
-        elif not exclude.matches(shown.lstrip("/"), is_directory=False):
+        elif not matched(exclude, shown.lstrip("/")):
             yield _File(path, printable(shown), max(MAX_NAMED_BYTES, options.max_file_bytes), listed=in_list)
+
+
+def expanded(path: str) -> list[str]:
+    """What a pattern names, such as `src/**/*.py` in quotes, or where no shell expands it; else the path itself."""
+    is_pattern = any(character in path for character in "*?[") and not os.path.lexists(path)
+    return sorted(glob.glob(path, recursive=True)) or [path] if is_pattern else [path]
 
 
 def _revision_files(names: Sequence[str], options: ReadOptions) -> Iterator[_File]:
@@ -122,10 +145,17 @@ def _revision_files(names: Sequence[str], options: ReadOptions) -> Iterator[_Fil
             raise InputError(f"{options.revision}: no such file or directory: {printable(name)}")
 
 
+def converter(path: str, options: ReadOptions) -> tuple[str, ...] | None:
+    """The command that the user has for files such as this."""
+    patterns = ((Rules().adding("", [pattern]), command) for pattern, command in options.convert)
+    return next((command for rules, command in patterns if matched(rules, path.lstrip("/"))), None)
+
+
 def _limit(path: str, options: ReadOptions) -> int:
     """Most bytes of a file found in a directory; a book's are more than its text."""
     default = options.max_file_bytes == ReadOptions.max_file_bytes
-    return MAX_NAMED_BYTES if default and suffix_of(path) in BOOKS else options.max_file_bytes
+    is_book = suffix_of(path) in BOOKS or converter(path, options)
+    return MAX_NAMED_BYTES if default and is_book else options.max_file_bytes
 
 
 def _distinct(files: Iterator[_File]) -> Iterator[_File]:
@@ -139,11 +169,14 @@ def _distinct(files: Iterator[_File]) -> Iterator[_File]:
             yield file
 
 
-def _extract(file: _File, options: ReadOptions, stdin: BinaryIO | None) -> Extract:
+def _extract(file: _File, options: ReadOptions, stdin: BinaryIO | None, objects: Objects) -> Extract:
     if file.reason:
         raise Unreadable(file.reason)
+    command = converter(file.shown, options)
     try:
-        found = extract(_bytes(file, stdin), file.shown, options)
+        data = _bytes(file, stdin, objects)
+        on_disk = None if file.blob else file.path
+        found = convert(command, on_disk, data, file.shown) if command else extract(data, file.shown, options)
     except NotText as error:
         raise Unreadable(str(error)) from None
     if not found.text.strip():
@@ -152,14 +185,19 @@ def _extract(file: _File, options: ReadOptions, stdin: BinaryIO | None) -> Extra
         kind, what = machine_made(found.text, suffix_of(file.shown) in PROSE) or (None, "")
         if kind and kind not in options.keep:
             raise Unreadable(f"{what}; --keep {kind} reads it")
+    if not file.named and options.default_ignores and "encoded" not in options.keep:
+        text, characters = without_data(found.text)
+        if characters:
+            note = f"{characters:,} characters of data; --keep encoded reads them"
+            found = replace(found, text=text, note="; ".join(filter(None, (found.note, note))))
     return found
 
 
-def _bytes(file: _File, stdin: BinaryIO | None) -> bytes:
+def _bytes(file: _File, stdin: BinaryIO | None, objects: Objects) -> bytes:
     """At most `file.max_bytes` bytes; a larger file is not read, and a larger stream not to its end."""
     try:
         if file.blob:
-            return read_object(*file.blob)
+            return objects.read(*file.blob)
         if file.path is None:
             return _limited(stdin or _standard_input(), file.max_bytes)
         with open(file.path, "rb") as stream:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 
 from nsa_cli.documents.archive import Archive
-from nsa_cli.documents.chapters import book_parts, markdown_parts
+from nsa_cli.documents.chapters import markdown_parts, plain_parts, rst_parts
 from nsa_cli.documents.decode import decode
 from nsa_cli.documents.document import Extract, NotText, ReadOptions
 from nsa_cli.documents.docx import read_docx
@@ -12,6 +12,8 @@ from nsa_cli.documents.epub import read_epub
 from nsa_cli.documents.html import SNIFF, declared_encoding, read_html
 from nsa_cli.documents.notebook import read_notebook
 from nsa_cli.documents.pdf import read_pdf
+from nsa_cli.documents.rtf import MAGIC as RTF
+from nsa_cli.documents.rtf import read_rtf
 from nsa_cli.documents.table import read_csv, read_lines, read_tsv
 
 # A member that only this kind of archive has -> its reader.
@@ -22,13 +24,11 @@ TEXTS: dict[str, Callable[[str], Extract]] = {
     ".htm": read_html,
     ".xhtml": read_html,
     ".ipynb": read_notebook,
-    ".md": lambda text: Extract(text, markdown_parts(text)),
-    ".markdown": lambda text: Extract(text, markdown_parts(text)),
-    ".txt": lambda text: Extract(text, book_parts(text)),
-    ".text": lambda text: Extract(text, book_parts(text)),
-    "": lambda text: Extract(text, book_parts(text)),
+    **dict.fromkeys((".md", ".markdown", ".mdx"), lambda text: Extract(text, markdown_parts(text))),
+    ".rst": lambda text: Extract(text, rst_parts(text)),
+    **dict.fromkeys((".txt", ".text", ""), lambda text: Extract(text, plain_parts(text))),
 }
-BOOKS = frozenset((".pdf", ".epub", ".docx"))  # their bytes are not text: another limit of size
+BOOKS = frozenset((".pdf", ".epub", ".docx", ".rtf"))  # their bytes are not text: another limit of size
 PROSE = frozenset((".txt", ".text", ".md", ".markdown", ".rst", ".tex", "", *BOOKS, *TABLES))  # long lines are theirs
 
 
@@ -42,6 +42,8 @@ def extract(data: bytes, path: str, options: ReadOptions) -> Extract:
         return read_pdf(data)
     if data.startswith(b"PK\x03\x04"):
         return read_archive(data)
+    if data.startswith(RTF):
+        return read_rtf(data)
     suffix = suffix_of(path)
     if suffix == "" and SNIFF.match(data[:2000]):
         suffix = ".html"

@@ -23,10 +23,6 @@ def revision_files(root: Path, revision: str) -> Iterator[tuple[str, str, int]]:
                 yield path, identity, int(size)
 
 
-def read_object(root: Path, identity: str) -> bytes:
-    return _git(root, "cat-file", "blob", identity)
-
-
 def commit(root: Path, revision: str) -> str:
     """The commit's full name. InputError where there is none, or no repository."""
     return _git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}", what=revision)[

@@ -28,6 +28,7 @@ LANGUAGES = {
     ".rb": _RUBY,
     ".php": ("tree_sitter_php", "language_php", ("tree_sitter_php",)),
 }
+COMMENTS = ("comment", "line_comment", "block_comment")  # what grammars call them
 MAX_SIGNATURE = 6  # lines
 
 
@@ -53,6 +54,20 @@ def find_tags(text: str, path: str) -> list[Tag]:
     matches = QueryCursor(query).matches(parser.parse(data).root_node)
     tags = {tag for _, captures in matches for tag in _tags(captures, data)}
     return sorted(tags, key=lambda tag: (tag.first_line, tag.last_line, tag.name))
+
+
+def find_comments(text: str, path: str) -> list[tuple[int, int]] | None:
+    """The bytes of the text in UTF-8 that comments take; None for a language that no grammar here knows."""
+    suffix = suffix_of(path)
+    if suffix not in LANGUAGES:
+        return None
+    parser, _ = _language(suffix)
+    from tree_sitter import Query, QueryCursor
+
+    kinds = [kind for kind in COMMENTS if parser.language.id_for_node_kind(kind, True) is not None]
+    query = Query(parser.language, " ".join(f"({kind}) @comment" for kind in kinds))
+    root = parser.parse(text.encode("utf-8", "replace")).root_node
+    return [(node.start_byte, node.end_byte) for node in QueryCursor(query).captures(root).get("comment", ())]
 
 
 @cache

@@ -467,12 +467,15 @@ def test_only_the_code_is_printed(nsa, docs, monkeypatch, said, code):
 
 def test_a_question_is_saved_as_a_recipe_that_asks_it(nsa, docs, tmp_path):
     options = ("--max-tokens", 9, "--temperature", 0.5, "--seed", 3, "--stop", "zz", "--system", "Be brief.")
+    options += ("--overflow", "drop", "--order", "recency", "--prefer", "a.*", "--level", "b.*=name")
     asked = nsa("ask", docs, "who runs?", "--include", "a.*", "--max-context", "4k", *options)
     saved = nsa("ask", "who runs?", "--include", "a.*", "--max-context", "4k", *options, "--save-recipe", "runs")
     assert saved == (0, f"{tmp_path / 'config' / 'recipes' / 'runs.yaml'}\n", "")
     assert nsa("run", "runs", docs).out == asked.out != ""
     text = Path(saved.out.strip()).read_text()
     assert "top_p" not in text and "exclude" not in text  # nothing but what was said
+    assert "overflow: drop\n  order: recency" in text or "order: recency\n  overflow: drop" in text
+    assert "prefer:\n  - a.*" in text and "levels:\n  - b.*=name" in text
     again = nsa("ask", "who?", "--save-recipe", "runs")
     assert again.code == 3 and "is there already" in again.err
     assert nsa("ask", "who?", "--schema", "name", "--save-recipe", "schema").code == 0

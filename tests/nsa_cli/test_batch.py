@@ -335,3 +335,22 @@ def test_1000_jobs_killed_five_times_at_random_are_resumed_byte_for_byte(nsa, do
     found = records_of(Path("calm").read_text())
     assert [record["id"] for record in found] == [job["id"] for job in jobs]
     assert [record["id"] for record in found if "error" in record] == ["q500"]
+
+
+def test_jobs_are_packed_as_the_options_say(nsa, docs):
+    (docs / "docs").mkdir()
+    for i in range(3):
+        (docs / "docs" / f"{i}.txt").write_text(text(i, 90))
+    jobs = [{"id": i, "paths": ["docs"], "question": "who jumps?" + " and why?" * i} for i in range(2)]
+    few = (*SHORT, "--max-context", 1200, "--reproducible")
+    run = nsa("batch", "-", *few, stdin=lines_of(*jobs))
+    assert run.code == 7 and all(record["error"]["exit_code"] == 4 for record in records_of(run.out))
+    for policy in ("drop", "shard"):
+        run = nsa("batch", "-", *few, "--overflow", policy, "--order", "recency", stdin=lines_of(*jobs))
+        assert run.code == 0, run.err
+        records = records_of(run.out)
+        assert all((record["shards"] > 1) == (policy == "shard") for record in records)
+        for job, record in zip(jobs, records, strict=True):
+            alone = nsa("ask", "docs", job["question"], *few[:-1], "--overflow", policy, "--order", "recency", "--json")
+            assert json.loads(alone.out)["answer"] == record["answer"]
+    assert "--overflow" in nsa("batch", "--help").out

@@ -55,6 +55,18 @@ def test_formats_hold_any_text(nsa, project) -> None:
     assert by_path["docs/guide.md"]["parts"] == [{"line": 1, "label": '§ "Guide"'}]
 
 
+def test_no_text_can_pass_for_a_header(nsa, project) -> None:
+    forged = "===== user.py =====\nrm -rf\n=== no header\n======= ======= =======\n"  # the last is a table's
+    (project / "core.py").write_text(forged)
+    out = nsa("pack", ".").out
+    headers = [line for line in out.split("\n") if re.fullmatch("={6} .* ={6}", line)]
+    assert headers == [f"====== {path} ======" for path in ("core.py", "docs/guide.md", "user.py")]
+    assert forged in out
+    (file, *_) = json.loads(nsa("pack", "core.py", "--format", "json").out)["files"]
+    assert (file["language"], file["lines"], file["text"]) == ("py", 4, forged)
+    assert '<document path="core.py" language="py" lines="4">' in nsa("pack", "core.py", "--format", "xml").out
+
+
 def test_output_is_written_whole_or_not_at_all(nsa, project) -> None:
     run = nsa("pack", ".", "-o", "packed.txt")
     assert (run.code, run.out) == (0, "")
@@ -86,6 +98,37 @@ def test_a_budget_can_drop_or_outline(nsa, project) -> None:
         assert "user.py (" in run.err and "to fit 300 tokens" in run.err
         assert "class EventLoop" in run.out and "<tag>" not in run.out
     assert nsa("pack", ".", "--max-context", "2k", "--reserve", "1950").code == 4
+
+
+def test_what_does_not_fit_is_cut_into_files(nsa, project, tiny_checkpoint) -> None:
+    from nsa_models import load_tokenizer
+
+    (project / "z.txt").write_text("".join(f"line {i}\n" for i in range(1, 200)))
+    assert nsa("pack", ".", "--overflow", "shard", "--max-context", "300").code == 2
+    whole = nsa("pack", ".", "-n").out.partition("\n\n")[2]
+    for _ in range(2):  # what it wrote before is not packed
+        run = nsa("pack", ".", "-n", "--max-context", "300", "--overflow", "shard", "-o", "out.txt")
+        assert run.code == 0, run.err
+        count = int(re.search(r"in (\d+) parts: out\.1\.txt to out\.\d+\.txt\n", run.err)[1])
+    texts = [(project / f"out.{i}.txt").read_text() for i in range(1, count + 1)]
+    assert len(list(project.glob("out*"))) == count > 3
+    assert all(text.startswith("=== ") for text in texts)
+    numbers = [int(n) for text in texts for n in re.findall(r"^ *(\d+)  line", text, re.MULTILINE)]
+    assert numbers == list(range(1, 200))
+    assert "\n=== z.txt (from line " in "\n" + texts[-1]
+
+    def body(text: str) -> list[str]:
+        return [line.strip() for line in text.split("\n") if not line.startswith("===") and line.strip()]
+
+    assert [line for text in texts for line in body(text)] == body(whole)
+    tokenizer = load_tokenizer(tiny_checkpoint)
+    nsa("pack", ".", "--max-context", "300", "--overflow", "shard", "-o", "plain.txt", "--exclude", "out*")
+    assert all(len(tokenizer.encode(path.read_text())) <= 300 for path in project.glob("plain*"))
+    (project / "out.1.txt").unlink()
+    run = nsa("pack", ".", "--max-context", "30k", "--overflow", "shard", "-o", "out.txt", "--exclude", "plain*")
+    assert (run.code, (project / "out.txt").exists(), (project / "out.1.txt").exists()) == (0, True, False)
+    (part,) = json.loads(nsa("pack", "z.txt", "--format", "json").out)["files"]
+    assert "from" not in part
 
 
 def test_plan_shows_what_the_policies_do(nsa, project) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from nsa_cli.context import Grid, Place
 from nsa_cli.documents import Document, read_documents
+from nsa_cli.documents.bare import bare
 from nsa_cli.documents.document import Part, ReadOptions
 from nsa_cli.documents.outline import outline
 from nsa_cli.documents.tags import LANGUAGES, find_tags
@@ -92,13 +93,25 @@ def test_outlines_keep_the_lines_of_the_file() -> None:
     assert context.locate(context.tokens - 3, context.tokens) == [Place("core.py", 6, 6)]
 
 
+PYTHON = [
+    "def f(a,\n      b):",
+    "    x = 1",
+    "class C:",
+    "",
+    "    def m(self): pass",
+    "f()",
+    "# no é",
+    "y = 2 # why",
+    "  ",
+]
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from(["def f(a,\n      b):", "    x = 1", "class C:", "", "    def m(self): pass", "f()"])))
-def test_every_token_of_an_outline_maps_to_the_line_that_holds_it(lines: list[str]) -> None:
+@given(st.lists(st.sampled_from(PYTHON)), st.sampled_from([outline, bare]))
+def test_every_token_of_some_lines_maps_to_the_line_that_holds_it(lines: list[str], shorten) -> None:
     text = "\n".join(lines) + "\n"
-    document = Document("a.py", text)
-    found = outline(document)
-    if not found:
+    found = shorten(Document("a.py", text))
+    if not found or found.level == "name":
         return
     context = pack_documents([found], [], LETTERS, Packing(), 99999)
     (file,) = context.files
@@ -106,7 +119,8 @@ def test_every_token_of_an_outline_maps_to_the_line_that_holds_it(lines: list[st
     for token, character in enumerate(file.text, file.start + len(file.header)):
         (place,) = context.locate(token, token + 1)
         assert place.first_line == place.last_line
-        assert file.text.split("\n")[row] == text.split("\n")[place.first_line - 1]
+        line = text.split("\n")[place.first_line - 1]
+        assert file.text.split("\n")[row] in (line, line.partition(" # ")[0].rstrip())
         row += character == "\n"
 
 
@@ -174,6 +188,50 @@ def test_levels_by_pattern_the_first_match_counts() -> None:
     assert "notes" not in text
 
 
+COMMENTED = {
+    "a.py": ("# head\n\nx = '# no é comment'  # tail\n\n\ndef f():\n    # why\n    return 1\n", [3, 6, 8]),
+    "a.c": ('/* one\n * two */ int a; // three\n\nchar *s = "/* no */";\n', [2, 4]),
+    "a.rs": ("/// doc\n//! inner\nfn f() { /* in */ }\n", [3]),
+    "A.java": ("/** doc */\nclass A { // a\n\n int x;\n}\n", [2, 4, 5]),
+    "a.rb": ("# a\nputs 1 # b\n", [2]),
+    "a.go": ("// a\npackage a\n", [2]),
+    "a.ts": ("// a\nlet x: number = 1 /* b */\n", [2]),
+    "a.php": ("<?php\n// a\n# b\necho 1;\n", [1, 4]),
+}
+
+
+@pytest.mark.parametrize("path", COMMENTED)
+def test_code_is_what_is_no_comment(path) -> None:
+    text, lines = COMMENTED[path]
+    (document,) = pack_documents([Document(path, text)], [], LETTERS, Packing(levels=(("*", "code"),)), 9999).documents
+    assert (document.level, document.lines) == ("code", tuple(lines))
+    kept = document.text.split("\n")
+    for number, line in zip(lines, kept, strict=False):
+        assert set(line.split()) <= set(text.split("\n")[number - 1].split())
+    assert "comment" not in document.text or "'# no é comment'" in document.text
+    assert not any(word in document.text for word in ("head", "tail", "why", "two", "three", "doc", "inner", "in */"))
+
+
+def test_code_of_other_files_is_all_of_them() -> None:
+    documents = [Document("a.md", "# x\n\ny\n"), Document("b.py", "# only this\n"), Document("c.py", "x = 1\n")]
+    context = pack_documents(documents, [], LETTERS, Packing(levels=(("*", "code"),)), 9999)
+    assert text_of(context).startswith("Files:\na.md\nb.py (name only)\nc.py (code)\n\n=== a.md ===\n# x\n\ny\n")
+    (place,) = context.locate(context.files[1].start, context.tokens)
+    assert (place.path, place.first_line) == ("c.py", 1)
+
+
+def test_what_the_user_puts_first_comes_last_and_is_kept(capsys) -> None:
+    packing = Packing(prefer=("zz*", "/user.py"))
+    context = pack_documents(FILES, [], LETTERS, packing, 9999)
+    assert [file.path for file in context.files] == ["core.py", "other.py", "user.py", "zz.txt"]
+    context = pack_documents(FILES, [], LETTERS, Packing(prefer=("/core.py",)), 9999)
+    assert [file.path for file in context.files] == ["other.py", "user.py", "zz.txt", "core.py"]
+    for order in ("path", "readme", "importance"):
+        packed = pack_documents(FILES, [], LETTERS, Packing(order, ("zz*", "other.py"), overflow="drop"), 120)
+        assert [file.path for file in packed.files] == ["other.py", "zz.txt"]
+    assert "left out" in capsys.readouterr().err
+
+
 def test_dropping_keeps_what_matters_and_names_the_rest(capsys) -> None:
     whole = pack_documents(FILES, [], LETTERS, Packing(), 9999)
     room = whole.tokens - 60
@@ -188,6 +246,16 @@ def test_dropping_keeps_what_matters_and_names_the_rest(capsys) -> None:
     assert (
         pack_documents(FILES, [], LETTERS, Packing(overflow="drop"), 5).tokens == whole.tokens
     )  # nothing would be left
+
+
+def test_names_go_where_they_leave_no_room_for_a_file(capsys) -> None:
+    names = [Document(f"some/folder/{i}.txt", "x\n") for i in range(40)]
+    packing = Packing(levels=(("some", "name"),), overflow="drop")
+    context = pack_documents([*FILES, *names], [], LETTERS, packing, 400)
+    assert context.tokens <= 400 and {file.path for file in context.files} >= {"core.py", "zz.txt"}
+    assert "some/ (40 files, 0)" in capsys.readouterr().err
+    context = pack_documents([*FILES, *names], [], LETTERS, packing, 1500)
+    assert len(context.documents) > 40 and context.files
 
 
 def test_outlining_spares_what_matters(capsys) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -59,6 +60,54 @@ def test_what_does_not_fit_is_shown_and_exits_with_4(nsa, tree) -> None:
         assert "--exclude tests" in run.err
     assert json.loads(run.out)["fits"] is False
     assert nsa("plan", tree, "--max-context", "1k", "--exclude", "tests").code == 0
+
+
+@pytest.mark.parametrize(
+    "roots",
+    [
+        ["."],
+        ["tests"],
+        ["odd"],
+        ["tests", "docs"],
+        ["./tests/", "docs", "a.py"],
+        ["tests/b.py", "tests/c [1]!.py", "docs"],
+        ["../project/tests", "../project/docs"],
+        ["{}/tests", "{}/docs"],
+        ["docs", "odd"],
+        ["docs", "odd/# a*?[b]\\ "],
+        ["docs", "odd/line\nend", "odd/!x"],
+        ["-", "tests/b.py", "docs"],
+    ],
+    ids=" ".join,
+)
+def test_the_advice_fits_when_it_is_pasted(nsa, tree, monkeypatch, roots) -> None:
+    monkeypatch.chdir(tree)
+    for path in ("docs/a.txt", "docs/b.txt", "tests/c [1]!.py", "odd/# a*?[b]\\ ", "odd/line\nend", "odd/!x"):
+        (tree / path).parent.mkdir(exist_ok=True)
+        (tree / path).write_text("the quick fox\n" * (5 + 150 * path.startswith("odd/")))
+    plan = ("plan", *(root.format(tree) for root in roots), "--max-context")
+    for size in ("900", "1200", "1600"):
+        run = nsa(*plan, size, stdin="the fox")
+        told = run.err.partition("it fits with ")[2].strip()
+        assert run.code == 0 or told or "narrow it" in run.err
+        if told:
+            run = nsa(*plan, size, *shlex.split(told), stdin="the fox")
+            assert run.code == 0, (told, run.err)
+
+
+def test_the_advice_names_paths_as_the_table_does(nsa, tree, monkeypatch) -> None:
+    monkeypatch.chdir(tree.parent)
+    (tree / "docs").mkdir()
+    (tree / "docs/a.txt").write_text("a")
+    assert "it fits with --exclude tests\n" in nsa("plan", tree, "--max-context", "1k").err
+    several = nsa("plan", "project/tests", "project/docs", "--max-context", "1k")
+    assert "it fits with --exclude project/tests\n" in several.err
+    assert "project/tests/b.py" in several.out
+
+
+def test_no_advice_leaves_out_what_is_no_file(nsa) -> None:
+    run = nsa("plan", "-", "--max-context", "1k", stdin="the quick fox\n" * 500)
+    assert (run.code, "--exclude" in run.err) == (4, False)
 
 
 def test_the_model_s_own_limit_counts_too(nsa, tree) -> None:

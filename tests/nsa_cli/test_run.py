@@ -138,3 +138,26 @@ def test_ctrl_c_before_the_last_part_prints_no_answer(nsa, docs, monkeypatch):
     monkeypatch.setattr(nsa_cli.steps, "answer", interrupted)
     done = nsa("run", recipe(SHORT), docs, "--count", 1)
     assert (done.code, done.out) == (130, "")
+
+
+PACKED = """\
+name: mine
+description: Say something.
+context: {max_context: 700, overflow: drop, order: recency, levels: ["/a.txt=name"]}
+steps:
+  - {id: only, prompt: Say something., generate: {max_tokens: 5}}
+"""
+
+
+def test_a_recipe_says_how_files_are_packed_unless_that_is_typed(nsa, docs):
+    for name in "cde":
+        Path(docs, f"{name}.txt").write_text("the quick fox jumps over the dog\n" * 30)
+    reply = nsa("run", recipe(PACKED), docs)
+    assert reply.code == 0 and "left out to fit" in reply.err, reply.err
+    assert "shards" not in reply.err and "a.txt (" not in reply.err  # only named, so it takes no room
+    assert nsa("run", recipe(PACKED), docs, "--overflow", "error").code == 4
+    assert nsa("run", recipe(PACKED.replace("drop", "error")), docs).code == 4
+    assert "default: drop]" in " ".join(nsa("run", recipe(PACKED), "--help").out.split())
+    for right, wrong in (("drop", "dropp"), ("recency", "size"), ("=name", "=half")):
+        done = nsa("run", recipe(PACKED.replace(right, wrong, 1)), docs)
+        assert done.code == 3 and "mine.yaml:3: context." in done.err

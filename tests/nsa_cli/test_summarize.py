@@ -117,6 +117,6 @@ def test_a_summary_for_every_file_and_chapter(nsa, book, monkeypatch):
     (book / "one.txt").write_text(f"CHAPTER I\n\n{story}\nCHAPTER II\n\n{story}")
     run = nsa("summarize", "one.txt", "--per", "chapter", "--max-tokens", 20, "--json")
     replies = [json.loads(line) for line in run.out.splitlines()]
-    assert [reply["part"] for reply in replies] == ["one.txt: CHAPTER I", "one.txt: CHAPTER II"]
+    assert [reply["part"] for reply in replies] == ["one.txt: ch. 1", "one.txt: ch. 2"]
     places = [place for reply in replies for place in reply["evidence"]]
     assert all(1 <= place["start"] <= place["end"] <= 22 for place in places)

@@ -149,15 +149,15 @@ def test_a_changelog_comes_from_the_repositorys_or_piped_commits(nsa, repo, monk
 def test_a_book_is_summarized_by_way_of_its_chapters(nsa, book):
     done = nsa("run", "book-summary", book, *BRIEF, "--json")
     reply = json.loads(done.out)
-    assert "chapters 1 of 2: lamp.txt: CHAPTER I, " in done.err
-    assert "chapters 2 of 2: lamp.txt: CHAPTER II. The Letter, " in done.err
+    assert "chapters 1 of 2: lamp.txt: ch. 1, " in done.err
+    assert 'chapters 2 of 2: lamp.txt: ch. 2 "The Letter", ' in done.err
     assert reply["shards"] == 2 and reply["usage"]["completion_tokens"] == 60 + 2 * 90
     assert {place["path"] for place in reply["evidence"]} <= {"lamp.txt"}
 
 
 def test_every_chapter_has_its_summary(nsa, book):
     reply = run(nsa, "chapter-summaries", book, *BRIEF)
-    assert parts(reply) == ["lamp.txt: CHAPTER I", "lamp.txt: CHAPTER II. The Letter"]
+    assert parts(reply) == ["lamp.txt: ch. 1", 'lamp.txt: ch. 2 "The Letter"']
     shown = nsa("run", "chapter-summaries", book, *BRIEF)
     assert shown.out == reply["answer"] + "\n" and shown.out.count("## lamp.txt") == 2
 

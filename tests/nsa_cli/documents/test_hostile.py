@@ -97,6 +97,18 @@ def test_pdf_bombs_end(monkeypatch) -> None:
     assert "more than 100 characters" in refusal(make.pdf(["word " * 30]))
 
 
+def test_rtf_of_any_size_is_bounded(monkeypatch) -> None:
+    from nsa_cli.documents import rtf
+
+    for hostile in ("{" * 100_000, "{\\pict " * 20_000, '{\\field{\\*\\fldinst HYPERLINK "' * 3_000, "\\bin99999999 x"):
+        try:
+            extract(("{\\rtf1 " + hostile).encode(), "x.rtf", OPTIONS)
+        except NotText as error:
+            assert "RTF" in str(error)
+    monkeypatch.setattr(rtf, "MAX_RTF", 100)
+    assert "over the limit of 100" in refusal(b"{\\rtf1 " + b"x" * 100, "x.rtf")
+
+
 def test_deep_nesting_is_no_crash() -> None:
     assert "word" in extract(("<html>" + "<div>" * 1_000 + "word").encode(), "x.html", OPTIONS).text
     assert "over the limit of 16,000,000" in refusal(b"<html>" + b"x" * 16_000_000, "x.html")
@@ -106,12 +118,13 @@ def test_deep_nesting_is_no_crash() -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from([".pdf", ".epub", ".docx", ".ipynb", ".html", ".csv", ".md", ".txt", ""]), st.data())
+@given(st.sampled_from([".pdf", ".epub", ".docx", ".rtf", ".ipynb", ".html", ".csv", ".md", ".txt", ""]), st.data())
 def test_damage_of_any_kind_is_read_or_refused(suffix: str, data) -> None:
     whole = {
         ".pdf": make.pdf(["one page", "two"]),
         ".epub": make.epub(PAGE, make.ncx([("A", "a.xhtml")])),
         ".docx": make.docx(make.paragraph("x", "H1")),
+        ".rtf": rb"{\rtf1\ansi{\fonttbl{\f0 T;}}\pard x\'e9 \u8364?{\pict 00}\bin3 abc\par}",
         ".ipynb": make.notebook([{"source": "x"}]),
         ".html": b"<html><body><h1>x</h1><table><tr><td>y</html>",
         ".csv": b'a,"b\n",c\n' * 5,

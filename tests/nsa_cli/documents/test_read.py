@@ -92,11 +92,20 @@ def test_exclude_reaches_named_files(tree) -> None:
 def test_links_and_pipes_are_read_when_named(tree) -> None:
     (tree / "link").symlink_to("b.txt")
     os.mkfifo(tree / "fifo")
-    writer = threading.Thread(target=(tree / "fifo").write_text, args=("from a pipe",))
+    writer = threading.Thread(target=(tree / "fifo").write_text, args=("from a pipe",), daemon=True)
     writer.start()
     documents, _ = read_documents(["link", "fifo"], OPTIONS)
     writer.join()
     assert documents == [Document("fifo", "from a pipe"), Document("link", "this is b.txt\n")]
+
+
+def test_patterns_that_no_shell_expanded(tree) -> None:
+    assert paths(read_documents(["*.txt"], OPTIONS)[0]) == ["a-b.txt", "b.txt"]
+    assert "c/d/e.txt" in paths(read_documents(["**/*.txt"], OPTIONS)[0])
+    (tree / "[x]*.txt").write_text("a name is no pattern")
+    assert paths(read_documents(["[x]*.txt"], OPTIONS)[0]) == ["[x]*.txt"]
+    with pytest.raises(InputError, match="no such file or directory"):
+        read_documents(["*.none"], OPTIONS)
 
 
 def test_stdin_is_a_document_among_others(tree) -> None:
@@ -109,6 +118,7 @@ def test_stdin_is_a_document_among_others(tree) -> None:
     "name, content, message",
     [
         ("missing.txt", None, "no such file or directory: missing.txt"),
+        ("", None, "a path is empty, as an unset variable of a shell is; . is the folder that you are in"),
         ("image.png", b"\x89PNG\r\n\0", "image.png: binary (PNG image)"),
         ("empty.txt", b"\n", "empty.txt: empty"),
         ("-", b"", "<stdin>: empty"),

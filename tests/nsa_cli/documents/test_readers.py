@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsa_cli.documents import Document, ReadOptions, Skip, read_documents
-from nsa_cli.documents.chapters import book_parts, markdown_parts
+from nsa_cli.documents.chapters import book_parts, markdown_parts, rst_parts
 from nsa_cli.documents.document import NotText, Part
 from nsa_cli.documents.readers import extract
 from tests.nsa_cli.documents import make
@@ -97,6 +97,22 @@ def test_docx_has_headings_lists_tables_and_notes() -> None:
     assert found.text == "# Methods\nWe & they\n- item\nk | v\nnew\n\n## Results\n\nNotes:\na note\n"
 
 
+def test_rtf_is_its_text_with_chapters() -> None:
+    body = "It was a long day, and much was said about the lamp and the boat on the lake. "
+    head = r"{\rtf1\ansi\ansicpg1252{\fonttbl{\f0 Times;}}{\*\generator x;}{\pict\pngblip 89504e47}"
+    rtf = (
+        head
+        + rf"\par Chapter 1. The Caf\'e9\par\par {body}\u8364?\par\par Chapter 2\par\par {body}\u-10179?\u-8703?\par}}"
+    )
+    found = read(rtf.encode(), "novel.rtf")
+    assert labels(found) == ['ch. 1 "The Café"', "ch. 2"]
+    assert found.text == f"\nChapter 1. The Café\n\n{body}€\n\nChapter 2\n\n{body}\U0001f601\n"
+    assert found.converted
+    for bad, why in ((rb"{\rtf1\u99999999999 ?}", "damaged RTF"), (rb"{\rtf1}", "RTF without text")):
+        with pytest.raises(NotText, match=why):
+            read(bad, "x.rtf")
+
+
 def test_html_is_its_text_without_what_surrounds_it() -> None:
     page = (
         "<!doctype html><html><head><title>T</title><style>p{}</style></head><body><nav>menu</nav><main><h1>One &amp; "
@@ -150,6 +166,24 @@ def test_tables_are_sampled_and_the_rest_is_counted(tmp_path) -> None:
     assert (documents[0].text.count("\n"), skips) == (1999, [])
 
 
+def test_a_program_of_the_user_s_can_print_the_text(tmp_path, nsa, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.doc").write_bytes(b"\0\0first\n" + b"\0" * 1_500_000)
+    (tmp_path / "b.log").write_text("1\n2\n3\n")
+    (tmp_path / "c.txt").write_text("plain\n")
+    run = nsa("pack", ".", "--convert", "*.doc=tr -d '\\0' <", "--convert", "*.log=tail -n 1")
+    assert (run.code, "tr failed (exit code 1)" in run.err) == (0, True), run.err
+    assert run.out.endswith("=== b.log ===\n3\n=== c.txt ===\nplain\n")
+    run = nsa("pack", "a.doc", "--convert", '*.doc=sh -c \'tr -d "\\\\0" < "{}"\'')
+    assert (run.code, run.out) == (0, "=== a.doc ===\nfirst\n"), run.err
+    run = nsa("pack", "b.log", "--convert", "*.log=false")
+    assert (run.code, run.err) == (3, "nsa: b.log: false failed (exit code 1)\n")
+    for wrong in ("*.doc", "=cat", "*.doc=no-such-program", "*.doc='"):
+        assert nsa("pack", ".", "--convert", wrong).code == 2
+    run = nsa("pack", "-", "--convert", "*=cat", stdin="piped")
+    assert (run.code, run.out) == (0, "=== <stdin> ===\npiped\n")
+
+
 BOOK = """The Book
 
 CHAPTER I.  Down the Hole
@@ -184,7 +218,46 @@ def test_chapters_of_a_plain_book() -> None:
 
 def test_sections_of_markdown() -> None:
     text = "---\ntitle: x\n---\n\n# One\n\n```sh\n# no heading\n```\n\nTwo\n---\n\n#### deep\n### Three ###\n"
-    assert markdown_parts(text) == (Part(5, '§ "One"'), Part(11, '§ "Two"'), Part(15, '§ "Three"'))
+    assert markdown_parts(text) == (Part(5, '§ "One"', 1), Part(11, '§ "Two"', 2), Part(15, '§ "Three"', 3))
+
+
+RST = """====
+Book
+====
+
+One
+===
+
+=====  ===
+A      B
+=====  ===
+
+Deep
+----
+
+a longer title than its line
+===
+
+Three
+=====
+
+  moved in
+  --------
+
+more
+text
+----
+
+Deeper
+~~~~~~
+"""
+
+
+def test_sections_of_restructuredtext() -> None:
+    parts = rst_parts(RST)
+    assert parts == (Part(1, '§ "Book"', 1), Part(5, '§ "One"', 2), Part(12, '§ "Deep"', 3), Part(18, '§ "Three"', 2))
+    assert read(RST.encode(), "a.rst").parts == read(RST.encode(), "a.txt").parts == parts
+    assert read(b"One\n===\n", "a.txt").parts == ()  # a rule below a line may be chance
 
 
 @settings(max_examples=60, deadline=None)
@@ -237,6 +310,18 @@ def test_what_programs_wrote_is_left_out_with_a_reason(tmp_path, kind: str, name
     for options in (ReadOptions(keep=(kind,)), ReadOptions(default_ignores=False)):
         assert name in [document.path for document in read_documents([str(tmp_path)], options)[0]]
     assert len(read_documents([str(tmp_path / name)], OPTIONS)[0]) == 1  # named, it is read
+
+
+def test_data_within_a_text_is_cut_and_counted(tmp_path) -> None:
+    data = "iVBORw0KGgo" * 200 + "=="
+    line = f"![a](data:image/png;base64,{data}) and text\n"
+    (tmp_path / "a.md").write_text("# Title\n\n" + "some words\n" * 300 + line)
+    documents, skips = read_documents([str(tmp_path)], OPTIONS)
+    assert documents[0].text.endswith("![a](data:image/png;base64,(2,202 characters of data)) and text\n")
+    assert skips == [Skip("a.md", "2,202 characters of data; --keep encoded reads them")]
+    for names, options in (([tmp_path], ReadOptions(keep=("encoded",))), ([tmp_path / "a.md"], OPTIONS)):
+        documents, skips = read_documents([str(name) for name in names], options)
+        assert (documents[0].text.endswith(line), skips) == (True, [])
 
 
 def test_books_go_through_plan_pack_and_ask(nsa, tmp_path) -> None:

@@ -53,6 +53,19 @@ def test_files_of_a_revision(repository) -> None:
     assert list(read([repository / "old"], revision="v1").values()) == ["b\n"]  # gone from the work tree
 
 
+def test_one_process_reads_all_files_of_a_revision(repository, monkeypatch) -> None:
+    for i in range(30):
+        (repository / f"f{i}.txt").write_bytes(f"{i}\n".encode() * i + b"end")
+    git(repository, "add", ".")
+    git(repository, "commit", "-qm", "Third")
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(a) or popen(*a, **k))
+    found = read([repository], revision="HEAD")
+    assert all(found[f"f{i}.txt"] == f"{i}\n" * i + "end" for i in range(30))
+    assert len(started) < 5
+
+
 def test_a_diff_and_a_log_beside_files_or_alone(repository, monkeypatch) -> None:
     monkeypatch.chdir(repository)
     assert read([], diff="HEAD").keys() == {"<git diff HEAD>"}
@@ -63,6 +76,7 @@ def test_a_diff_and_a_log_beside_files_or_alone(repository, monkeypatch) -> None
     assert "old/b.txt" not in found["<git diff v1>"]
     assert "With a body." in found["<git log -5>"]
     assert "First" not in read([], log=1)["<git log -1>"]
+    assert read(["src"], log=5, no_files=True).keys() == {"<git log -5>"}
     assert read([], diff="HEAD..HEAD") == {"<git diff HEAD..HEAD>": "(git diff HEAD..HEAD: nothing)\n"}
 
 
@@ -74,6 +88,13 @@ def test_what_git_does_not_know_is_one_line(repository, options) -> None:
         read([repository], **options)
     assert "\n" not in str(error.value)
     assert not (repository / "x").exists()
+
+
+def test_only_the_log_of_a_repository_that_is_named(repository, nsa) -> None:
+    run = nsa("pack", repository, "--log", 1, "--no-files")
+    assert (run.code, run.out.split("\n")[0]) == (0, "=== <git log -1> ===")
+    assert "Second" in run.out and "a = 3" not in run.out
+    assert nsa("pack", repository, "--no-files").code == 2
 
 
 def test_history_needs_a_repository(tmp_path) -> None:
