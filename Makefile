@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DOCS ?= NOTICE
+MINUTES ?= 8.5
 QUESTION ?= Who made the base model?
 
-.PHONY: demo test needle lint format reference bench bench-gpu model clean
+.PHONY: demo test needle delta lint format reference bench bench-gpu model clean
 
 demo: model  ## ask about a file of this repository with the built-in model
 	$(BIN)/nsa ask $(DOCS) "$(QUESTION)" --max-tokens 60
@@ -15,6 +16,9 @@ test: model
 
 needle: $(VENV)/installed  ## train a two-layer model to find a needle, with and without selection: minutes
 	$(BIN)/python -m pytest tests/models/training/test_needle.py -m slow -s
+
+delta: model  ## a slice of training the built-in model on a GPU; run it again until it is done
+	$(BIN)/nsa train delta --minutes $(MINUTES)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

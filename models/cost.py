@@ -60,6 +60,12 @@ def attention_operations(config: NSAConfig, tokens: int, branches: Sequence[str]
     return 2 * 64 * config.num_hidden_layers * config.num_heads * total
 
 
+def keys_read(config: NSAConfig, tokens: int) -> int:
+    """Keys that the last query of `tokens` tokens reads per key head: T/d + n l' + w (paper table 4), at most all."""
+    v = config.variant
+    return min(v.compressed_count(tokens) + v.select_count * v.select_block + v.window, tokens)
+
+
 def dense_operations(config: NSAConfig, tokens: int) -> int:
     """The same for causal full attention."""
     per_key = 2 * config.num_heads * (config.head_dim + config.v_head_dim)

@@ -4,6 +4,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -11,14 +12,19 @@ from torch import Tensor
 
 from nsa_models.cache import Cache
 from nsa_models.comparators import COMPARATORS
+from nsa_models.cost import keys_read
+from nsa_models.engine import decode
 from nsa_models.errors import InputError
+from nsa_models.sampling import Sampling
+from nsa_models.tokenizer import Tokenizer
 from nsa_models.training.data import Corpus, Layout, make_task
-from nsa_models.training.tasks import Task, Unsuitable, is_right
+from nsa_models.training.tasks import Task, Unsuitable, is_right, short_tasks
 from nsa_models.transformer import NSAModel
 
 ATTENTIONS = ("full", "nsa", *COMPARATORS)
 CHUNK = 1024  # tokens read at once
 NORMAL = 1.96  # 95 %
+SHORT_REPLY = 40  # tokens, at most, of a reply to a short question
 BLOCK = 64  # tokens whose mean loss is one observation: losses of neighbours depend on one another
 
 
@@ -33,12 +39,8 @@ class Measure:
 
 
 def tokens_read(model: NSAModel, attention: str, length: int) -> int:
-    """Keys that the last query of a context of `length` tokens reads per key head: T/d + n l' + w (paper table 4), for
-    comparators too; all of them are read where that is more than there are.
-    """
-    v = model.config.variant
-    sparse = v.compressed_count(length) + v.select_count * v.select_block + v.window
-    return length if attention == "full" else min(sparse, length)
+    """Keys that the last query of a context of `length` tokens reads per key head; comparators read as many as NSA."""
+    return length if attention == "full" else keys_read(model.config, length)
 
 
 class Reader:
@@ -60,6 +62,9 @@ class Reader:
         """Read a prompt and answer it greedily with up to `most` tokens."""
         for hidden in self.read(ids):
             last = hidden[-1:]
+        if self.attention is None:  # one of the two that the engine itself computes, and faster
+            logits, sampling = self.model.logits(last)[0], Sampling(max_tokens=most)
+            return list(decode(self.model, self.cache, logits, sampling, eos_ids=ends, dense=self.dense))
         made: list[int] = []
         while len(made) < most:
             token = int(self.model.logits(last)[0].argmax())
@@ -70,32 +75,47 @@ class Reader:
         return made
 
 
-def perplexity(model: NSAModel, ids: Sequence[int], length: int, attention: str, windows: int = 1) -> Measure:
-    """exp of the mean loss of the next token over the text's first `windows` pieces of `length` tokens.
+def perplexity(
+    model: NSAModel,
+    ids: Sequence[int],
+    length: int,
+    attention: str,
+    windows: int = 1,
+    *,
+    longest: int | None = None,
+    scored: int | None = None,
+    done: Callable[[], None] = lambda: None,
+) -> Measure:
+    """exp of the mean loss of the next token, over the text's first `windows` windows of `longest` tokens (`length`).
 
-    Raises InputError if the text has not one.
+    The last `scored` tokens of a window count (all but its first), read with as many before them as make `length`: the
+    same tokens are predicted at every length, and only what stands before them grows. Raises InputError if the text
+    has no window.
     """
-    if len(ids) < length:
-        raise InputError(f"the text has {len(ids):,} tokens; perplexity at {length:,} needs as many")
+    longest = longest or length
+    if len(ids) < longest:
+        raise InputError(f"the text has {len(ids):,} tokens; perplexity at {longest:,} needs as many")
     losses = []
-    for start in range(0, min(windows, len(ids) // length) * length, length):
-        losses.append(_losses(model, ids[start : start + length], attention))
+    for end in range(longest, min(windows, len(ids) // longest) * longest + 1, longest):
+        losses.append(_losses(model, ids[end - length : end], attention, scored or length - 1))
+        done()
     blocks = [block.mean().item() for window in losses for block in window.split(BLOCK)]
     mean = torch.cat(losses).mean().item()
     error = NORMAL * statistics.stdev(blocks) / math.sqrt(len(blocks)) if len(blocks) > 1 else math.inf
     return Measure(math.exp(mean), math.exp(mean - error), math.exp(min(mean + error, 700)), len(losses))
 
 
-def _losses(model: NSAModel, ids: Sequence[int], attention: str) -> Tensor:
-    """(T-1,) losses of every token but the first."""
+def _losses(model: NSAModel, ids: Sequence[int], attention: str, scored: int) -> Tensor:
+    """(scored,) losses of the last tokens."""
     reader, at, losses = Reader(model, attention, len(ids)), 0, []
     targets = torch.tensor(ids)
     for hidden in reader.read(ids):
-        wanted = targets[at + 1 : at + 1 + hidden.shape[0]].to(hidden.device)
-        for rows, target in zip(hidden[: len(wanted)].split(256), wanted.split(256), strict=True):
-            losses.append(
-                torch.nn.functional.cross_entropy(model.logits(rows), target, reduction="none").double().cpu()
-            )
+        first = max(len(ids) - scored - 1 - at, 0)  # row whose next token is the first that counts
+        wanted = targets[at + first + 1 : at + 1 + hidden.shape[0]].to(hidden.device)
+        rows = hidden[first : first + len(wanted)]
+        for some, target in zip(rows.split(256), wanted.split(256), strict=True):
+            loss = torch.nn.functional.cross_entropy(model.logits(some), target, reduction="none")
+            losses.append(loss.double().cpu())
         at += hidden.shape[0]
     return torch.cat(losses)
 
@@ -105,9 +125,8 @@ class Trial:
     """One task that was asked, and whether the reply was right."""
 
     task: Task
-    length: int
     tokens: int  # of the prompt
-    depth: float  # asked for
+    depth: float | None  # asked for
     reply: str
     right: bool
 
@@ -132,18 +151,32 @@ def ask_tasks(
     for depth in depths:
         for i in range(samples):
             rng = random.Random(f"{seed}/{kind}/{length}/{depth}/{i}")
-            try:
+            with suppress(Unsuitable):
                 task = make_task(rng, kind, corpus, layout, length, depth)
-            except Unsuitable:
-                done()
-                continue
-            prompt, answer = layout.asked(task)
-            most = len(answer) + 16  # room for other words around the facts
-            reader = Reader(model, attention, len(prompt) + most)
-            reply = layout.tokenizer.decode(reader.generate(prompt, most, layout.tokenizer.eos_ids))
-            trials.append(Trial(task, length, len(prompt), depth, reply, is_right(task, reply)))
+                prompt, answer = layout.asked(task)
+                most = len(answer) + 16  # room for other words around the facts
+                trials.append(_ask(model, layout.tokenizer, task, prompt, most, attention, depth))
             done()
     return trials
+
+
+def ask_short(
+    model: NSAModel, tokenizer: Tokenizer, attention: str, done: Callable[[], None] = lambda: None
+) -> list[Trial]:
+    """Every short question, asked as a chat does."""
+    trials = []
+    for task in short_tasks():
+        before, _, close = tokenizer.prompt("")
+        prompt = [*before, *tokenizer.encode(task.question), *close]
+        trials.append(_ask(model, tokenizer, task, prompt, SHORT_REPLY, attention, None))
+        done()
+    return trials
+
+
+def _ask(model, tokenizer, task: Task, prompt: list[int], most: int, attention: str, depth: float | None) -> Trial:
+    reader = Reader(model, attention, len(prompt) + most)
+    reply = tokenizer.decode(reader.generate(prompt, most, tokenizer.eos_ids))
+    return Trial(task, len(prompt), depth, reply, is_right(task, reply))
 
 
 def share(trials: Sequence[Trial]) -> Measure:

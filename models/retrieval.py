@@ -6,6 +6,8 @@ far away it stands: all keys are taken at one distance, as InfLLM takes far ones
 distances, beyond the length that a model was trained for, rotations make the same heads miss.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,9 +26,12 @@ class RetrievalMass:
     to look up looks there (attention sink).
     """
 
-    def __init__(self, config: NSAConfig, document: int) -> None:
-        """document: its tokens, from the first of the sequence; queries come after them."""
+    def __init__(self, config: NSAConfig, document: int, counted: Sequence[bool] | None = None) -> None:
+        """document: its tokens, from the first of the sequence; queries come after them. counted: which of these
+        count, None for all.
+        """
         self.config, self.document = config, document
+        self.counted = None if counted is None else torch.tensor(counted, dtype=torch.bool)
         self.mass = torch.zeros(config.variant.block_count(document), dtype=torch.float64)
         self.near = Rope(config, config.rope_factor(DISTANCE)).angles(torch.tensor([DISTANCE]), torch.float32)
         self.heads: dict[int, list[int]] = {}
@@ -50,6 +55,8 @@ class RetrievalMass:
         plain = {h: rope.undo(k[: self.document, h : h + 1].float(), *angles)[:, 0] for h in keys}
         asked = rope.undo(q.float(), *rope.angles(torch.arange(S - T, S, device=q.device), torch.float32))
         asked = rotate(asked, *(x.to(q.device) for x in self.near))
+        if self.counted is not None:
+            asked = asked[self.counted[S - T - self.document : S - self.document].to(q.device)]
         for head in heads:
             mass = block_mass(asked[:, head], plain[head // G], self.config.select_block)
             self.mass[initial:] += mass[initial:].double().cpu()

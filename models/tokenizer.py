@@ -5,6 +5,7 @@ Only the template may produce control tokens: what a document or a question hold
 """
 
 import hashlib
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +16,14 @@ DOCUMENT, QUESTION, SYSTEM = "\ue000document\ue001", "\ue000question\ue001", "\u
 ANSWER, NEXT = "\ue000answer\ue001", "\ue000next\ue001"
 
 
-def load_tokenizer(path: str | Path) -> "Tokenizer":
+def load_tokenizer(path: str | Path, template: str | None = None) -> "Tokenizer":
     """The tokenizer of a checkpoint directory: `tokenizer.json`, and `tokenizer_config.json` if there is one.
 
-    Raises ModelError if they are missing or unreadable, or hold more tokens than the checkpoint's vocabulary.
+    template: a chat template in place of the checkpoint's; None = its own, "" = none: a plain layout. Raises
+    ModelError if they are missing or unreadable, or hold more tokens than the checkpoint's vocabulary.
     """
     directory = Path(path)
-    tokenizer = Tokenizer(directory)
+    tokenizer = Tokenizer(directory, template)
     config = read_config(directory)
     if tokenizer.vocab_size > config.vocab_size:
         raise ModelError(
@@ -51,12 +53,14 @@ class Prompt(NamedTuple):
 class Tokenizer:
     """`vocab_size` is one more than the largest id; `digest` identifies the files; `eos_ids` end an answer."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, template: str | None = None) -> None:
         raw = _read(directory / "tokenizer.json")
         settings_file = directory / "tokenizer_config.json"
         settings_raw = _read(settings_file) if settings_file.is_file() else b"{}"
         template_file = directory / "chat_template.jinja"
         template_raw = _read(template_file) if template_file.is_file() else b""
+        if template is not None:
+            template_raw = template.encode()
         self.digest = hashlib.sha256(b"\0".join((raw, settings_raw, template_raw))).hexdigest()
         self._text = _backend(raw, directory)
         self._text.encode_special_tokens = True  # a control token's spelling is text
@@ -65,7 +69,9 @@ class Tokenizer:
         settings = read_json(settings_file) if settings_file.is_file() else {}
         self._named = {name: _spelling(settings, name, settings_file) for name in ("bos_token", "eos_token")}
         self._named = {name: text for name, text in self._named.items() if text}
-        self._template = _template(template_raw, settings, template_file if template_raw else settings_file)
+        if template is None:
+            template = _template(template_raw, settings, template_file if template_raw else settings_file)
+        self._template = template
         self.adds_bos = bool(settings.get("add_bos_token"))
         self.bos_id = self._id("bos_token")
         eos = self._id("eos_token")
@@ -90,6 +96,10 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self._text.decode(ids, skip_special_tokens=True)
+
+    def text(self, ids: list[int]) -> str:
+        """The same with control tokens spelled out."""
+        return self._text.decode(ids, skip_special_tokens=False)
 
     def stream(self) -> "Stream":
         """Decodes token by token; every piece is whole characters."""
@@ -134,7 +144,9 @@ class Tokenizer:
             self._grammar_tokenizer = llguidance.LLTokenizer(raw, n_vocab=vocab_size, eos_token=list(self.eos_ids))
         return self._grammar_tokenizer
 
-    def _render(self, messages: list[dict]) -> str:
+    @cached_property
+    def _compiled(self):
+        """The template, compiled once: that takes 1.5 ms, more than all else a short question needs around it."""
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -145,17 +157,18 @@ class Tokenizer:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = refuse
+        return environment.from_string(self._template)
+
+    def _render(self, messages: list[dict]) -> str:
         try:
-            text = environment.from_string(self._template).render(
-                messages=messages, add_generation_prompt=True, **self._named
-            )
+            text = self._compiled.render(messages=messages, add_generation_prompt=True, **self._named)
         except Exception as error:  # a template is a program: it may fail in any way
-            raise ModelError(f"the checkpoint's chat template failed: {error or type(error).__name__}") from None
+            raise ModelError(f"the chat template failed: {error or type(error).__name__}") from None
         contents = [message["content"] for message in messages]
         places = [text.find(content) for content in contents]
         if places != sorted(places) or any(text.count(content) != 1 for content in contents):
             raise ModelError(
-                "the checkpoint's chat template drops, repeats or moves a message; remove the template or --system"
+                "the chat template drops, repeats or moves a message; give another, or none, as --chat-template"
             )
         return text
 

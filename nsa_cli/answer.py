@@ -1,6 +1,7 @@
 """Context -> (stored cache | prefill) -> answer: the one line that all commands that ask share. Imports torch late."""
 
 import json
+import sys
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -9,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from nsa_cli.checkpoint import Checkpoint
 from nsa_cli.citations import Citation, check_citations, texts_in
-from nsa_cli.evidence import Evidence, find_evidence
+from nsa_cli.evidence import Evidence, counted_tokens, find_evidence
 from nsa_cli.held import Held
 from nsa_cli.output import VERBOSE, emit, progress, say, warn
 from nsa_cli.runlog import log_answer
 from nsa_cli.settings import cache_dir
+from nsa_cli.speed import remember
+from nsa_cli.units import format_bytes
 from nsa_models.errors import BudgetError, CheckError
 from nsa_models.sampling import Sampling
 
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from nsa_models.tokenizer import Prompt
 
 SCHEMA_VERSION = 1
+STORE_MODES = ("use", "read", "refresh", "off")  # of stored contexts
+FIT_SHARE = 0.9  # of free memory: what is free changes until it is taken
 STORED_BLOCK = 64  # stored contexts hold whole blocks of this many tokens
 
 
@@ -35,10 +40,11 @@ class Request:
     stop: tuple[str, ...] = ()
     system: str | None = None  # None = the chat template's own
     max_context: int | None = None  # most tokens of prompt and answer; None = what the model was made for
-    use_store: bool = True
+    store: str = "use"  # STORE_MODES
     evidence: int = 5  # most places to name
     held: Held | None = None  # keeps what was read in memory, for the next question about it
     schema: "Schema | None" = None  # the answer is JSON of this schema
+    fit: bool = False  # max_context is what free memory holds, if that is less
 
     def wording(self, question: str) -> str:
         """The question as the model gets it."""
@@ -57,6 +63,11 @@ class Timings:
     load_s: float
     prefill_s: float
     decode_s: float
+    first_token_s: float  # from before the model was loaded to the answer's first token
+
+    @property
+    def total_s(self) -> float:
+        return self.load_s + self.prefill_s + self.decode_s
 
 
 @dataclass(frozen=True)
@@ -74,11 +85,13 @@ class Answer:
     shards: int = 1  # parts the document was read in
     citations: Sequence[Citation] = field(default=(), repr=False)
     data: object = None
+    peak_memory_bytes: int = 0  # most that this process has held until now; on a GPU, of the GPU's
 
     def flaw(self) -> str:
         """What to warn of, or an empty text."""
         if self.finish_reason == "length":
-            return f"the answer was cut at {self.usage.completion_tokens:,} tokens; --max-tokens gives it more"
+            at = f" at {self.usage.completion_tokens:,} tokens" if self.shards == 1 else ""  # else those of all parts
+            return f"the answer was cut{at}; --max-tokens gives it more"
         return "" if self.text else "the model ended its answer before the first word"
 
     def to_json(self) -> dict:
@@ -90,6 +103,7 @@ class Answer:
             "citations": [c.to_json() for c in self.citations],
             "usage": asdict(self.usage),
             "timings": {name: round(seconds, 3) for name, seconds in asdict(self.timings).items()},
+            "peak_memory_bytes": self.peak_memory_bytes,
             "model": self.model,
             "finish_reason": self.finish_reason,
             "shards": self.shards,
@@ -134,6 +148,15 @@ def answers(
         yield conversation.ask(question, tell)
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A question and its answer, as text and as the tokens that the model said."""
+
+    question: str
+    answer: str
+    ids: list[int] = field(repr=False)
+
+
 class Conversation:
     """A context that has been read, and what was asked and answered about it since."""
 
@@ -150,46 +173,68 @@ class Conversation:
         self.stored: int | None
         self.cache, self.stored = read(checkpoint, prompt, self.shared, capacity, request)
         self.unread: list[int] | None = None  # tokens of the last answer that are not in the cache; None = no answer
+        self.turns: list[Turn] = []
 
     def reset(self) -> None:
         """Forget what was asked."""
         self.cache.truncate(self.shared)
-        self.unread = None
+        self.unread, self.turns = None, []
+
+    def resume(self, turns: Sequence["Turn"]) -> None:
+        """Forget what was asked, and take these turns for it. Raises BudgetError where they do not fit."""
+        from nsa_models import prefill
+
+        self.reset()
+        for turn in turns:
+            rest, _ = self._next(turn.question)
+            self._check_room(self.cache.length + len(rest), len(turn.ids))
+            prefill(self.checkpoint.model, rest, self.cache)
+            self.unread = turn.ids
+            self.turns.append(turn)
+
+    def _next(self, question: str) -> "tuple[list[int], Prompt]":
+        """What is to be read before the answer to the next question, and the question in it."""
+        wording, tokenizer = self.request.wording(question), self.checkpoint.tokenizer
+        if self.unread is None:
+            around = tokenizer.prompt(wording, self.request.system)
+            return self.document[self.shared :] + around.after, around
+        around = tokenizer.follow_up(wording, self.request.system)
+        return self.unread + around.before + around.after, around
+
+    def _check_room(self, prompt_tokens: int, longest: int) -> None:
+        if prompt_tokens + longest > self.cache.capacity:
+            raise BudgetError(
+                f"the conversation takes {prompt_tokens:,} tokens and its answer up to {longest:,}; "
+                f"{self.cache.capacity:,} fit: begin a new one, or lower --max-tokens"
+            )
 
     def ask(self, question: str, tell: Callable[[str], None]) -> Answer:
         """Answer one more question, knowing those before it. Raises BudgetError, before anything is read, where it and
         its answer do not fit.
         """
         checkpoint, request, cache = self.checkpoint, self.request, self.cache
-        wording = request.wording(question)
-        if self.unread is None:
-            around = checkpoint.tokenizer.prompt(wording, request.system)
-            rest = self.document[self.shared :] + around.after
-        else:
-            around = checkpoint.tokenizer.follow_up(wording, request.system)
-            rest = self.unread + around.before + around.after
+        rest, around = self._next(question)
         reused = cache.length if self.stored is None else self.stored  # the first question pays for the reading
         prompt_tokens = cache.length + len(rest)
-        longest = request.sampling.max_tokens
-        if prompt_tokens + longest > cache.capacity:
-            raise BudgetError(
-                f"the conversation takes {prompt_tokens:,} tokens and its answer up to {longest:,}; "
-                f"{cache.capacity:,} fit: begin a new one, or lower --max-tokens"
-            )
+        self._check_room(prompt_tokens, request.sampling.max_tokens)
         logits, retrieval = read_question(checkpoint, rest, around, cache)
         prefilled = time.perf_counter()
-        text, ids, reason = generate(checkpoint, cache, logits, request, silent if request.schema else tell)
+        text, ids, reason, first = generate(checkpoint, cache, logits, request, silent if request.schema else tell)
         self.unread = ids[cache.length - prompt_tokens :]
+        self.turns.append(Turn(question, text, ids))
         data = _data(text, len(ids), reason, request.schema, tell) if request.schema else None
         reply = Answer(
             text,
             find_evidence(retrieval, self.context, self.before, request.evidence),
             Usage(prompt_tokens, reused, len(ids)),
-            Timings(self.loaded - self.clock, prefilled - self.loaded, time.perf_counter() - prefilled),
+            Timings(
+                self.loaded - self.clock, prefilled - self.loaded, time.perf_counter() - prefilled, first - self.clock
+            ),
             checkpoint.name,
             reason,
             citations=check_citations(text if data is None else texts_in(data), self.context),
             data=data,
+            peak_memory_bytes=peak_memory(checkpoint.model.device.type),
         )
         self.stored, self.clock, self.loaded = None, time.perf_counter(), time.perf_counter()
         return reply
@@ -212,7 +257,10 @@ def combined(parts: Sequence[Answer], last: Answer, limit: int) -> Answer:
         last,
         evidence=evidence[:limit],
         usage=Usage(*map(sum, zip(*(astuple(a.usage) for a in every), strict=True))),
-        timings=Timings(*map(sum, zip(*(astuple(a.timings) for a in every), strict=True))),
+        timings=replace(
+            Timings(*map(sum, zip(*(astuple(a.timings) for a in every), strict=True))),
+            first_token_s=sum(a.timings.total_s for a in parts) + last.timings.first_token_s,
+        ),
     )
 
 
@@ -220,9 +268,18 @@ def silent(text: str) -> None:
     """What to tell nobody with."""
 
 
+def most_tokens(checkpoint: Checkpoint, request: Request) -> int:
+    """Of document, question and answer: what the model was made for, --max-context and, with --fit, memory allow."""
+    limit = min(checkpoint.config.max_position_embeddings, request.max_context or 1 << 62)
+    if not request.fit:
+        return limit
+    free, weights = free_memory(checkpoint, request)
+    return min(limit, fitting(checkpoint, FIT_SHARE * free, weights, limit))
+
+
 def document_room(checkpoint: Checkpoint, question: str, request: Request) -> int:
     """Document tokens that fit beside the question and the answer."""
-    limit = min(checkpoint.config.max_position_embeddings, request.max_context or 1 << 62)
+    limit = most_tokens(checkpoint, request)
     prompt = checkpoint.tokenizer.prompt(request.wording(question), request.system)
     around = sum(map(len, prompt)) + request.sampling.max_tokens
     if around >= limit:
@@ -239,15 +296,27 @@ def check_fit(checkpoint: Checkpoint, context: "Context", question: str, request
     from nsa_models.cost import estimate_memory
 
     check_budget(len(context.ids), document_room(checkpoint, question, request), context.files)
-    weights = 0 if checkpoint.loaded else checkpoint.weights_bytes()
-    available = checkpoint.free_memory() + (request.held.nbytes if request.held else 0)
+    free, weights = free_memory(checkpoint, request)
     needed = estimate_memory(checkpoint.config, capacity, weights)
-    if needed > available:
-        fits = bisect_right(range(capacity), available, key=lambda n: estimate_memory(checkpoint.config, n, weights))
+    if needed > free:
         raise BudgetError(
-            f"{capacity:,} tokens need {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free; "
-            f"about {max(fits - 1, 0):,} tokens would fit"
+            f"{capacity:,} tokens need {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; about "
+            f"{fitting(checkpoint, free, weights, capacity):,} tokens would fit: --fit --overflow drop, or shard"
         )
+
+
+def free_memory(checkpoint: Checkpoint, request: Request) -> tuple[int, int]:
+    """Bytes that an answer may take, and what of them is for weights that are still to be loaded."""
+    held = request.held.nbytes if request.held else 0
+    return checkpoint.free_memory() + held, 0 if checkpoint.loaded else checkpoint.weights_bytes()
+
+
+def fitting(checkpoint: Checkpoint, free: float, weights: int, most: int) -> int:
+    """How many tokens, `most` at most, `free` bytes hold beside the weights."""
+    from nsa_models.cost import estimate_memory
+
+    fits = bisect_right(range(most), free, key=lambda tokens: estimate_memory(checkpoint.config, tokens, weights))
+    return max(fits - 1, 0)
 
 
 def read(
@@ -265,18 +334,22 @@ def read(
         return cache, shared
     if held:
         held.drop()  # before there is another of its size
-    store = Store(cache_dir()) if request.use_store and shared else None
-    found = store.open(model, digest, prompt[: shared + 1], capacity) if store else None
+    store = Store(cache_dir()) if request.store != "off" and shared else None
+    anew = request.store == "refresh"
+    found = store.open(model, digest, prompt[: shared + 1], capacity) if store and not anew else None
     if found and found.note:
         say(f"store: {found.note}", VERBOSE)
     cache = found.cache if found else Cache.for_model(model, capacity)
-    stored = cache.length
+    stored, started = cache.length, time.perf_counter()
+    writes = store is not None and request.store != "read"
     if stored < shared:
         try:
             with progress("reading", shared - stored) as advance:
                 prefill(model, prompt[stored:shared], cache, progress=advance)
+            if writes:
+                remember(cache_dir(), checkpoint, stored, shared, time.perf_counter() - started)
         finally:  # what was read before Ctrl-C counts next time
-            refusal = store and store.save(model, digest, prompt[:shared], cache, checkpoint.name)
+            refusal = store.save(model, digest, prompt[:shared], cache, checkpoint.name, anew) if writes else None
             if refusal:
                 warn(f"this context is not stored: {refusal}")
     if held:
@@ -294,13 +367,18 @@ def read_question(checkpoint: Checkpoint, rest: Sequence[int], around: "Prompt",
     model, document = checkpoint.model, len(rest) - len(around.after)
     if document:
         prefill(model, rest[:document], cache)
-    retrieval = RetrievalMass(checkpoint.config, cache.length)
+    text = checkpoint.tokenizer.decode(around.question)
+    ids, starts = checkpoint.tokenizer.encode_with_offsets(text)
+    counted = counted_tokens(text, starts) if ids == around.question else None  # bytes of no character have no word
+    retrieval = RetrievalMass(checkpoint.config, cache.length, counted)
     prefill(model, around.question, cache, retrieval=retrieval)
     return prefill(model, around.close, cache), retrieval
 
 
-def generate(checkpoint, cache, logits, request: Request, tell: Callable) -> tuple[str, list[int], str]:
-    """Decode to text, piece by piece. Returns the text, its token ids and the finish reason."""
+def generate(checkpoint, cache, logits, request: Request, tell: Callable) -> tuple[str, list[int], str, float]:
+    """Decode to text, piece by piece. Returns the text, its token ids, the finish reason and when the first token came
+    (perf_counter).
+    """
     from nsa_models import decode
     from nsa_models.constrain import Constraint
 
@@ -310,7 +388,7 @@ def generate(checkpoint, cache, logits, request: Request, tell: Callable) -> tup
     constraint = Constraint(tokenizer, checkpoint.config.vocab_size, schema.json) if schema else None
     pieces: list[str] = []
     ids: list[int] = []
-    interrupted = False
+    interrupted, first = False, 0.0
 
     def out(text: str) -> None:
         text = text if pieces else text.lstrip()
@@ -322,6 +400,7 @@ def generate(checkpoint, cache, logits, request: Request, tell: Callable) -> tup
         for token in decode(
             checkpoint.model, cache, logits, request.sampling, eos_ids=tokenizer.eos_ids, constraint=constraint
         ):
+            first = first or time.perf_counter()
             ids.append(token)
             out(stops.push(stream.push(token)))
             if stops.found:
@@ -331,7 +410,18 @@ def generate(checkpoint, cache, logits, request: Request, tell: Callable) -> tup
     if not stops.found:
         out(stops.push(stream.end()) + stops.end())
     reason = "interrupted" if interrupted else "stop" if stops.found or len(ids) < most else "length"
-    return "".join(pieces), ids, reason
+    return "".join(pieces), ids, reason, first or time.perf_counter()
+
+
+def peak_memory(device: str) -> int:
+    """Most bytes that this process has held at a time: of the GPU, or on a CPU of main memory."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class StopStrings:
@@ -374,6 +464,11 @@ def show(reply: Answer, as_json: bool, **about: str) -> None:
         for line in (*reply.evidence, *reply.citations):
             say(str(line))
         say(timing_line(reply))
+        say(
+            f"first token after {reply.timings.first_token_s:.1f} s · "
+            f"{format_bytes(reply.peak_memory_bytes)} of memory at most",
+            VERBOSE,
+        )
     if reply.flaw():
         warn(reply.flaw())
     log_answer(reply.to_json())

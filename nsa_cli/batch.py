@@ -14,6 +14,7 @@ from nsa_cli.jobs import Job, groups
 from nsa_cli.output import describe, progress, say, say_skipped
 from nsa_cli.recipe import Recipe, find_recipe, load_recipe
 from nsa_cli.records import RecordFile, RecordStream
+from nsa_cli.schema import parse_schema
 from nsa_cli.steps import run_recipe
 from nsa_models.errors import BatchError, InputError
 
@@ -34,7 +35,7 @@ class Settings:
 
     def digest(self, job: Job, model: str) -> str:
         """12 hex digits of what an answer depends on: the job, these settings and the model (its fingerprint)."""
-        request = replace(self.request, held=None, use_store=True)  # neither changes an answer
+        request = replace(self.request, held=None, store="use", fit=False)  # neither changes an answer
         about = [asdict(replace(job, line=0, id=None)), asdict(request), asdict(self.read), self.reproducible, model]
         if job.recipe:
             about += [sorted(self.explicit), recipe_text(job.recipe)]
@@ -106,7 +107,7 @@ class Worker:
                 reply = self.answer(task)
                 result = reply.to_json()
                 if self.settings.reproducible:
-                    del result["timings"], result["usage"]["cached_tokens"]
+                    del result["timings"], result["peak_memory_bytes"], result["usage"]["cached_tokens"]
                 if task.recipe:
                     reply.require()
         except Exception as error:
@@ -118,7 +119,8 @@ class Worker:
         if task.recipe:
             reply = run_recipe(self.checkpoint, task.recipe, context, self.request, silent, self.settings.explicit)
         else:
-            reply = answer(self.checkpoint, context, task.job.question, self.request, silent)
+            schema = None if task.job.schema is None else parse_schema(task.job.schema)
+            reply = answer(self.checkpoint, context, task.job.question, replace(self.request, schema=schema), silent)
         if reply.finish_reason == "interrupted":
             raise KeyboardInterrupt
         return reply

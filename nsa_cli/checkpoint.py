@@ -16,8 +16,16 @@ if TYPE_CHECKING:
 class Checkpoint:
     """A checkpoint by name. Each part is read when first asked for, so that a mistake in the input costs no time."""
 
-    def __init__(self, name: str | None = None, device: str | None = None, threads: int | None = None) -> None:
-        self.requested, self.device, self.threads = name, device, threads
+    def __init__(
+        self,
+        name: str | None = None,
+        device: str | None = None,
+        threads: int | None = None,
+        dtype: str | None = None,
+        template: str | None = None,
+    ) -> None:
+        """None = what fits the checkpoint and the machine. template: a chat template, "" = a plain layout."""
+        self.requested, self.device, self.threads, self.dtype, self.template = name, device, threads, dtype, template
 
     @property
     def name(self) -> str:
@@ -31,8 +39,8 @@ class Checkpoint:
     def tokenizer(self) -> "Tokenizer":
         from nsa_models import load_tokenizer
 
-        tokenizer = load_tokenizer(self.directory)
-        if not tokenizer.has_chat_template:
+        tokenizer = load_tokenizer(self.directory, self.template)
+        if not tokenizer.has_chat_template and self.template is None:
             say(f"nsa: {self.name} has no chat template; asking in a plain layout: document, Question:, Answer:")
         return tokenizer
 
@@ -52,7 +60,12 @@ class Checkpoint:
             raise ModelError("no CUDA device was found; leave out --device to use the CPU")
         if self.threads:
             torch.set_num_threads(self.threads)
-        return load_model(self.directory, self.device)
+        return load_model(self.directory, self.device, self.dtype and getattr(torch, self.dtype))
+
+    @property
+    def identity(self) -> str:
+        """What answers depend on: the weights, and what was asked for in place of the checkpoint's own."""
+        return " ".join(filter(None, (self.model.fingerprint, self.dtype, self.template)))
 
     @property
     def loaded(self) -> bool:

@@ -23,11 +23,12 @@ COMMANDS = {
     "recipes": ("nsa_cli.commands.recipes", "List, show, check and begin recipes."),
     "plan": ("nsa_cli.commands.plan", "Show what a question would read: files, tokens, memory, time."),
     "pack": ("nsa_cli.commands.pack", "Write files and folders as one text, without running a model."),
-    "models": ("nsa_cli.commands.models", "Install, list and check checkpoints."),
+    "models": ("nsa_cli.commands.models", "Install, name, list and check checkpoints."),
     "convert": ("nsa_cli.commands.convert", "Make an NSA checkpoint from a dense one."),
     "train": ("nsa_cli.commands.train", "Train an NSA model, or go on training one."),
     "eval": ("nsa_cli.commands.eval", "Measure how well a model reads: perplexity and tasks, by length."),
-    "cache": ("nsa_cli.commands.cache", "List and remove stored contexts."),
+    "cache": ("nsa_cli.commands.cache", "List, check and remove stored contexts."),
+    "log": ("nsa_cli.commands.log", "Show what was asked and answered before, where a log is kept."),
     "config": ("nsa_cli.commands.config", "Show the settings in force and where they come from."),
     "doctor": ("nsa_cli.commands.doctor", "Check what nsa needs on this machine, with remedies."),
     "completion": ("nsa_cli.commands.completion", "Print the script that completes nsa's commands in a shell."),
@@ -158,11 +159,6 @@ def report(error: Exception) -> int:
         traceback.print_exception(error)
     context = getattr(error, "ctx", None) if isinstance(error, click.UsageError) else None
     message, code = describe(error)
-    return _fail(message, code, f"Try '{context.command_path} --help'." if context else "")
-
-
-def _fail(message: str, code: int, hint: str = "") -> int:
-    say(f"nsa: {message}", QUIET, fg="red")
-    if hint:
-        say(hint, QUIET)
+    hint = f" (see {context.command_path} --help)" if context else ""
+    say(f"nsa: {message}{hint}", QUIET, fg="red")
     return code

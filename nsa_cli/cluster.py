@@ -50,7 +50,10 @@ def connect(address: str | None) -> None:
     try:
         ray.init(address, **quiet) if address else ray.init("local", include_dashboard=False, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise NSAError(f"no Ray cluster at {address or 'this machine'}: {' '.join(str(error).split())}") from None
+        token = "" if not address or "RAY_AUTH_MODE" in os.environ else "; if it asks for a token: RAY_AUTH_MODE=token"
+        raise NSAError(
+            f"no Ray cluster at {address or 'this machine'}: {' '.join(str(error).split())}{token}"
+        ) from None
 
 
 def check_reachable(address: str | None) -> None:
@@ -67,8 +70,9 @@ def check_reachable(address: str | None) -> None:
 class RemoteWorker:
     """A worker in a process of its own, which may be on another machine."""
 
-    def __init__(self, model: str, device: str | None, threads: int, fingerprint: str, settings: Settings) -> None:
-        self.worker = Worker(Checkpoint(model, device, threads), settings)
+    def __init__(self, checkpoint: tuple, fingerprint: str, settings: Settings) -> None:
+        """checkpoint: what Checkpoint takes."""
+        self.worker = Worker(Checkpoint(*checkpoint), settings)
         self.fingerprint = fingerprint
 
     def record(self, task, documents) -> dict:
@@ -137,7 +141,8 @@ class Cluster:
         if seat.worker is None:
             c = self.checkpoint
             model = str(c.requested) if c.requested and not os.path.exists(c.requested) else str(c.directory.resolve())
-            seat.worker = self.actor.remote(model, c.device, self.threads, c.model.fingerprint, self.settings)
+            asked = model, c.device, self.threads, c.dtype, c.template
+            seat.worker = self.actor.remote(asked, c.model.fingerprint, self.settings)
         task = seat.reader.task(seat.jobs[0])
         if seat.reference is None or seat.sent is not task.documents:
             seat.sent, seat.reference = task.documents, ray.put(task.documents)

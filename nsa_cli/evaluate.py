@@ -1,18 +1,20 @@
 """What `nsa eval` measures and how it is shown. Imports torch late."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from nsa_cli.checkpoint import Checkpoint
 from nsa_cli.output import progress, warn
 
 if TYPE_CHECKING:
     from nsa_models.evaluate import Measure, Trial
+    from nsa_models.training.data import Corpus
 
 SCHEMA_VERSION = 1
-PERPLEXITY = "perplexity"
+PERPLEXITY, SHORT = "perplexity", "short"  # not tasks over the texts
 
 
 @dataclass(frozen=True)
@@ -66,22 +68,26 @@ class Row:
         }
 
 
+class Step(NamedTuple):
+    """What makes a row. `prompts`: how often `measure` calls what it is given, for progress."""
+
+    task: str
+    length: int
+    attention: str
+    prompts: int
+    measure: "Callable[[Callable[[], None]], tuple[Measure, list[Trial]]]"
+
+
 def measure(checkpoint: Checkpoint, plan: Plan) -> list[Row]:
     """Every task at every length, the attentions one after the other on the same prompts."""
-    from nsa_cli.train import layout
     from nsa_models.evaluate import tokens_read
     from nsa_models.training.data import Corpus
 
-    corpus = Corpus(texts(plan.texts))
-    arranged = layout(checkpoint.tokenizer)
-    longest = max(plan.lengths)
-    check_length(checkpoint, longest)
-    ids = checkpoint.tokenizer.encode("".join(d.text for d in corpus.documents)) if PERPLEXITY in plan.tasks else []
-    if ids and len(ids) < longest:
-        warn(f"the texts have {len(ids):,} tokens: no perplexity beyond")
-    steps = [(t, n, a) for t in plan.tasks for n in plan.lengths for a in plan.attentions]
-    each = len(plan.depths) * plan.samples
-    total, done, rows = sum(1 if task == PERPLEXITY else each for task, _, _ in steps), 0, []
+    check_lengths(checkpoint, plan.lengths)
+    corpus = Corpus(texts(plan.texts)) if set(plan.tasks) - {SHORT} else Corpus([])
+    makers = {SHORT: short_steps, PERPLEXITY: perplexity_steps}
+    steps = [step for task in plan.tasks for step in makers.get(task, task_steps)(checkpoint, plan, corpus, task)]
+    total, done, rows = sum(step.prompts for step in steps), 0, []
     with progress("evaluating", total, "prompts") as advance:
 
         def one() -> None:
@@ -89,42 +95,83 @@ def measure(checkpoint: Checkpoint, plan: Plan) -> list[Row]:
             done += 1
             advance(done, total)
 
-        for task, length, attention in steps:
-            found = figure(checkpoint, plan, task, length, attention, ids, corpus, arranged, one)
-            if found:
-                rows.append(Row(task, length, attention, tokens_read(checkpoint.model, attention, length), *found))
+        for step in steps:
+            read = tokens_read(checkpoint.model, step.attention, step.length)
+            rows.append(Row(step.task, step.length, step.attention, read, *step.measure(one)))
     return rows
 
 
-def figure(checkpoint, plan: Plan, task: str, length: int, attention: str, ids, corpus, arranged, one):
-    """The measure and its trials; None where the texts are too short for a perplexity."""
-    from nsa_models.evaluate import ask_tasks, perplexity, share
+def perplexity_steps(checkpoint: Checkpoint, plan: Plan, corpus: "Corpus", task: str) -> Iterator[Step]:
+    """Of the lengths that the texts have."""
+    from nsa_models.evaluate import perplexity
 
-    if task != PERPLEXITY:
-        trials = ask_tasks(
-            checkpoint.model, arranged, corpus, task, length, attention, plan.depths, plan.samples, plan.seed, one
-        )
-        return share(trials), trials
-    one()
-    if len(ids) < length:
-        return None
-    return perplexity(checkpoint.model, ids, length, attention, plan.samples), []
+    ids = checkpoint.tokenizer.encode("".join(d.text for d in corpus.documents))
+    lengths = [n for n in plan.lengths if n <= len(ids)]
+    if len(lengths) < len(plan.lengths):
+        warn(f"the texts have {len(ids):,} tokens: no perplexity beyond")
+    if not lengths:
+        return
+    longest, scored = max(lengths), min(lengths) - 1
+    for n, attention in product(lengths, plan.attentions):
+
+        def value(one, n=n, attention=attention):
+            where = (checkpoint.model, ids, n, attention, plan.samples)
+            return perplexity(*where, longest=longest, scored=scored, done=one), []
+
+        yield Step(task, n, attention, min(plan.samples, len(ids) // longest), value)
+
+
+def short_steps(checkpoint: Checkpoint, plan: Plan, corpus: "Corpus", task: str) -> Iterator[Step]:
+    """Short questions have the lengths that they have."""
+    from nsa_models.evaluate import SHORT_REPLY, ask_short, share
+    from nsa_models.training.tasks import short_tasks
+
+    questions = short_tasks()
+    for attention in plan.attentions:
+
+        def value(one, attention=attention):
+            trials = ask_short(checkpoint.model, checkpoint.tokenizer, attention, one)
+            return share(trials), trials
+
+        longest = max(len(checkpoint.tokenizer.encode(task.question)) for task in questions)
+        yield Step(task, longest + SHORT_REPLY, attention, len(questions), value)
+
+
+def task_steps(checkpoint: Checkpoint, plan: Plan, corpus: "Corpus", task: str) -> Iterator[Step]:
+    from nsa_cli.train import layout
+    from nsa_models.evaluate import ask_tasks, share
+
+    arranged = layout(checkpoint.tokenizer)
+    for n, attention in product(plan.lengths, plan.attentions):
+
+        def value(one, n=n, attention=attention):
+            where = (arranged, corpus, task, n, attention, plan.depths, plan.samples, plan.seed, one)
+            trials = ask_tasks(checkpoint.model, *where)
+            return share(trials), trials
+
+        yield Step(task, n, attention, len(plan.depths) * plan.samples, value)
 
 
 def texts(names: Sequence[str]) -> list:
     """Documents of sources and of paths, in the order of the names."""
     from nsa_cli.train import path_texts, source_texts
+    from nsa_models.errors import InputError
     from nsa_models.training.sources import SOURCES
 
-    return [text for name in names for text in (source_texts(name) if name in SOURCES else path_texts(name))]
+    found = [text for name in names for text in (source_texts(name) if name in SOURCES else path_texts(name))]
+    if not found:
+        raise InputError(f"{', '.join(names)}: no text to read")
+    return found
 
 
-def check_length(checkpoint: Checkpoint, length: int) -> None:
-    from nsa_models.errors import BudgetError
+def check_lengths(checkpoint: Checkpoint, lengths: Sequence[int]) -> None:
+    from nsa_models.errors import BudgetError, InputError
 
     limit = checkpoint.config.max_position_embeddings
-    if length > limit:
-        raise BudgetError(f"{length:,} tokens are more than the {limit:,} that {checkpoint.name} is made for")
+    if max(lengths) > limit:
+        raise BudgetError(f"{max(lengths):,} tokens are more than the {limit:,} that {checkpoint.name} is made for")
+    if min(lengths) < 2:
+        raise InputError(f"nothing can be measured at {min(lengths)} tokens; --lengths begins at 2")
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from nsa_models.errors import InputError
 
-KEYS = ("id", "paths", "text", "question", "recipe", "params")
+KEYS = ("id", "paths", "text", "question", "schema", "recipe", "params")
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Job:
     paths: tuple[str, ...] = ()
     text: str | None = None
     question: str | None = None
+    schema: str | dict | None = None  # of the answer: JSON schema, or its short form
     recipe: str | None = None
     params: Mapping[str, object] = field(default_factory=dict)
     problem: str = ""
@@ -82,6 +83,8 @@ def mistake(value: dict) -> str:
     for key in ("text", "question", "recipe"):
         if key in given and not (isinstance(value[key], str) and value[key].strip()):
             return f"{key!r} must be a string that is not empty"
+    if "schema" in given and ("question" not in given or not isinstance(value["schema"], str | dict)):
+        return "'schema' must be a JSON schema or its short form, beside a 'question'"
     if "params" in given and ("recipe" not in given or not isinstance(value["params"], dict)):
         return "'params' must be an object, beside a 'recipe'"
     return ""

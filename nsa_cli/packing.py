@@ -67,7 +67,7 @@ def pack(
     room = room_beside(checkpoint, question, request, packing)
     before = len(checkpoint.tokenizer.prompt(question, request.system).before)
     grid = Grid(checkpoint.config.select_block, before)
-    with TokenCache(cache_dir() if request.use_store else None, checkpoint.tokenizer) as tokens:
+    with TokenCache(cache_dir() if request.store in ("use", "refresh") else None, checkpoint.tokenizer) as tokens:
         context = pack_documents(documents, skips, tokens, packing, room, grid)
     context = replace(context, tokenizer=checkpoint.tokenizer)
     if packing.overflow != "shard":
@@ -77,10 +77,10 @@ def pack(
 
 def room_beside(checkpoint: "Checkpoint", question: str, request: "Request", packing: Packing) -> int:
     """Document tokens that fit beside the question and the answer, and beside what is to be kept free."""
-    from nsa_cli.answer import document_room
+    from nsa_cli.answer import document_room, most_tokens
 
-    limit = min(checkpoint.config.max_position_embeddings, request.max_context or 1 << 62)
-    return min(document_room(checkpoint, question, request), limit - (packing.reserve or 0))
+    room = document_room(checkpoint, question, request)
+    return min(room, most_tokens(checkpoint, request) - (packing.reserve or 0))
 
 
 def pack_documents(

@@ -50,6 +50,16 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Example:
+    """What to try a recipe on, either a text or paths, and what is expected of that answer besides `Recipe.expect`."""
+
+    text: str | None = None
+    paths: tuple[str, ...] = ()
+    params: Mapping[str, object] = field(default_factory=dict)
+    expect: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What the file says. Placeholders stand in its texts until `bind` fills them in."""
 
@@ -67,13 +77,14 @@ class Recipe:
     max_context: int | None = None
     evidence: int | None = None
     expect: Mapping[str, object] = field(default_factory=dict)
+    examples: tuple[Example, ...] = ()
 
     def bind(self, given: Mapping[str, object]) -> "Recipe":
         """This recipe with its parameters filled in: those given, else their defaults.
 
         Raises InputError for an unknown or missing parameter, and for a value that is not of its type.
         """
-        values = self._values(given)
+        values = self.values(given)
 
         def fill(text: str | None) -> str | None:
             return text and PLACEHOLDER.sub(lambda found: _text(values[found[1]]), text)
@@ -100,7 +111,8 @@ class Recipe:
         """`read`, with the recipe's patterns; --include of the command line replaces the recipe's."""
         return replace(read, include=read.include or self.include, exclude=self.exclude + read.exclude)
 
-    def _values(self, given: Mapping[str, object]) -> dict[str, object]:
+    def values(self, given: Mapping[str, object]) -> dict[str, object]:
+        """Every parameter's value. Raises InputError as `bind` does."""
         known = {param.name: param for param in self.params}
         for name in given:
             if name not in known:
@@ -207,7 +219,13 @@ def _recipe(values: Values, path: Path) -> Recipe:
         max_context=context.get("max_context"),
         evidence=context.get("evidence"),
         expect=_plain(values.get("expect") or Values()),
+        examples=tuple(_example(example) for example in values.get("examples", ())),
     )
+
+
+def _example(example: Values) -> Example:
+    expect = _plain(example.get("expect") or Values())
+    return Example(example.get("text"), tuple(example.get("paths", ())), example.get("params", {}), expect)
 
 
 def _step(step: Values) -> Step:
@@ -240,10 +258,14 @@ def _check(recipe: Recipe, values: Values, problem: Problem) -> None:
         _check_param(param, values.get("params")[param.name], problem)
     _check_steps(recipe, values.get("steps"), problem)
     _check_texts(recipe, values, problem)
-    sources, expect = (values.get(name) or Values() for name in ("sources", "expect"))
+    for example, about in zip(recipe.examples, values.get("examples", ()), strict=True):
+        _check_example(recipe, example, about, problem)
+    sources = values.get("sources") or Values()
     patterns = [(sources.lines["match"], PLACEHOLDER.sub("x", pattern)) for pattern in recipe.match]
-    if "matches" in recipe.expect:
-        patterns.append((expect.lines["matches"], recipe.expect["matches"]))
+    for owner in (values, *values.get("examples", ())):
+        expect = owner.get("expect") or Values()
+        if "matches" in expect.lines:
+            patterns.append((expect.lines["matches"], expect.get("matches")))
     for line, pattern in patterns:
         try:
             re.compile(pattern)
@@ -260,6 +282,15 @@ def _check_param(param: Param, values: Values, problem: Problem) -> None:
         problem(values.line, f"params.{param.name} needs a default, or required: true")
     elif param.default is not None and mismatch(param, param.default):
         problem(values.lines.get("default", 0), f"params.{param.name}.default {mismatch(param, param.default)}")
+
+
+def _check_example(recipe: Recipe, example: Example, values: Values, problem: Problem) -> None:
+    if (example.text is None) == (not example.paths):
+        problem(values.line, "an example needs either text or paths")
+    try:
+        recipe.values(example.params)
+    except InputError as error:
+        problem(values.lines.get("params", values.line), f"in an example: {str(error).partition(': ')[2] or error}")
 
 
 def _check_steps(recipe: Recipe, steps: list[Values], problem: Problem) -> None:

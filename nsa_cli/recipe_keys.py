@@ -285,6 +285,14 @@ EXPECT = Keys(
         "citations": Key(CITATIONS, "Quotes and path:line references in the answer, checked against the text."),
     }
 )
+EXAMPLE = Keys(
+    {
+        "text": Key(Text(), "The text to read."),
+        "paths": Key(ListOf(Text()), "Or files and folders to read, from the recipe's own folder."),
+        "params": Key(Named(Scalar()), "Parameters, where they are not to have their defaults."),
+        "expect": Key(EXPECT, "What must be true of the answer, besides what the recipe expects."),
+    }
+)
 RECIPE = Keys(
     {
         "name": Key(Text(pattern=NAME), "Its name: that of the file, without .yaml.", required=True),
@@ -296,6 +304,7 @@ RECIPE = Keys(
         "generate": Key(GENERATE, "How to generate."),
         "steps": Key(ListOf(STEP), "What is asked, in order; the last step's answer is the recipe's.", required=True),
         "expect": Key(EXPECT, "What must be true of the answer; else the exit code is 6."),
+        "examples": Key(ListOf(EXAMPLE), "What to try it on: nsa recipes test NAME."),
     }
 )
 

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 import click
 
 from nsa_cli.output import warn
+from nsa_models.errors import InputError
+
+KEYS = {"time": str, "arguments": list, "exit_code": int, "answers": list}  # what a line must hold to be a run
 
 
 @dataclass
@@ -49,3 +53,36 @@ def log_answer(answer: dict) -> None:
     log = context.find_root().meta.get(RunLog) if context else None
     if log:
         log.answers.append(answer)
+
+
+def read_log(path: Path) -> Iterator[dict]:
+    """Every run in the log, the oldest first; other lines are warned of. InputError if it cannot be read."""
+    strange = 0
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                run = _run(line)
+                strange += run is None
+                if run:
+                    yield run
+    except OSError as error:
+        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+    if strange:
+        warn(f"{path}: {strange:,} lines are no runs")
+
+
+def _run(line: str) -> dict | None:
+    try:
+        run = json.loads(line)
+        datetime.fromisoformat(run["time"])
+        whole = all(isinstance(run[key], kind) for key, kind in KEYS.items())
+        whole = whole and all(isinstance(word, str) for word in run["arguments"])
+        return run if whole and all(isinstance(answer["answer"], str) for answer in run["answers"]) else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def matches(run: dict, words: Sequence[str]) -> bool:
+    """Whether every word is in the run's arguments or answers, in any case of letters."""
+    text = "\n".join([*run["arguments"], *(answer["answer"] for answer in run["answers"])]).casefold()
+    return all(word.casefold() in text for word in words)

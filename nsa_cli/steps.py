@@ -81,9 +81,7 @@ def run_recipe(
         asked = _request(recipe, step, request, explicit)
         if step.inputs:
             text = _join(checkpoint, [part for name in step.inputs for part in answered[name]])
-            asked = replace(
-                asked, use_store=False, held=None, evidence=0
-            )  # answers are read once, and are no place to look
+            asked = replace(asked, store="off", held=None, evidence=0)  # they are read once, and are no place to look
         else:
             text = sources
         answered[step.id] = _ask_parts(checkpoint, step, text, asked, told)
@@ -178,6 +176,7 @@ def _assemble(recipe: Recipe, answered: dict[str, list[PartAnswer]], context: "C
         max(len(parts) for parts in answered.values()),
         check_citations(text if data is None else texts_in(data), context),
         data,
+        whole.peak_memory_bytes,
         recipe.name,
         final,
     )

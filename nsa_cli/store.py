@@ -11,7 +11,7 @@ An entry is a directory named by the hash of its `chain`, written once and never
 
 Opening maps `kv` privately: attention reads from the page cache what it touches, what is appended stays in memory.
 Names, sizes and tokens are checked; the bytes of keys and values are trusted, as those of weights are: to read them
-all would cost what mapping saves.
+all would cost what mapping saves. `Store.verify` reads them, and compares with a checksum from when they were written.
 """
 
 import json
@@ -21,6 +21,7 @@ import secrets
 import shutil
 import tempfile
 import time
+import zlib
 from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -62,6 +63,7 @@ class Entry:
     fingerprint: str = field(repr=False)
     rope_factor: float = field(repr=False)
     chain: bytes = field(repr=False)
+    checksum: int | None = field(repr=False)  # of `kv`; None = written before there was one
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,18 @@ class Store:
         return Stored(cache, length, _words(_difference(stored_ids, ids, length), damaged))
 
     def save(
-        self, model: "NSAModel", tokenizer_digest: str, ids: Sequence[int], cache: "Cache", name: str = ""
+        self,
+        model: "NSAModel",
+        tokenizer_digest: str,
+        ids: Sequence[int],
+        cache: "Cache",
+        name: str = "",
+        anew: bool = False,
     ) -> str | None:
         """Keep the whole blocks of `ids` that `cache` holds: all, or what was done when a prefill was interrupted.
 
-        ids: what later questions share, so a context without its question. name: the model's, for people.
+        ids: what later questions share, so a context without its question. name: the model's, for people. anew: also
+        where the same is stored already.
         Returns None, also where there is nothing new to keep, or in words why it could not be kept; never raises
         for what the disk does. Replaces entries that this one continues, and the least recently used over quota.
         """
@@ -125,14 +134,16 @@ class Store:
             self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._sweep()
             entries, _ = self._scan()
-            if any(e.chain.startswith(chain) for e in entries):
+            if any(e.chain.startswith(chain) for e in entries) and not anew:
                 return None
             continued = [e for e in entries if chain.startswith(e.chain)]
             refusal = self._make_room(_payload(cache, tokens), [e for e in entries if e not in continued])
             if refusal:
                 return refusal
+            for entry in (e for e in continued if e.chain == chain):
+                self._discard(entry.path)  # it has the name of the one to be written
             self._write(cache, array("i", ids[:tokens]), chain, about)
-            for entry in continued:
+            for entry in (e for e in continued if e.chain != chain):
                 self._discard(entry.path)
         except OSError as error:
             return f"cannot write to {self.root}: {error.strerror or error}"
@@ -142,21 +153,51 @@ class Store:
         """Every whole entry, the last used first; damaged ones are removed."""
         return sorted(self._scan()[0], key=lambda e: e.used, reverse=True)
 
-    def remove(self, id_prefix: str) -> Entry:
-        """Delete the one entry whose id starts so. InputError if there is none, or more than one."""
+    def find(self, id_prefix: str) -> Entry:
+        """The one entry whose id starts so. InputError if there is none, or more than one."""
         found = [e for e in self.entries() if id_prefix and e.id.startswith(id_prefix)]
         if len(found) != 1:
             problem = f"{len(found)} stored contexts start" if found else "no stored context starts"
             raise InputError(f"{problem} with {id_prefix!r}; see: nsa cache ls")
-        self._discard(found[0].path)
         return found[0]
+
+    def remove(self, id_prefix: str) -> Entry:
+        """Delete the one entry whose id starts so. InputError if there is none, or more than one."""
+        entry = self.find(id_prefix)
+        self._discard(entry.path)
+        return entry
+
+    def prune(self, max_bytes: int | None, max_age: float | None) -> list[Entry]:
+        """Delete entries that were last used more than max_age seconds ago, and the least recently used ones until the
+        rest take max_bytes at most. Returns what was deleted. None = no limit.
+        """
+        removed, size = [], 0
+        for entry in self.entries():
+            size += entry.bytes
+            old = max_age is not None and time.time() - entry.used > max_age
+            if old or (max_bytes is not None and size > max_bytes):
+                size -= entry.bytes
+                removed.append(entry)
+                self._discard(entry.path)
+        return removed
+
+    def verify(self, entry: Entry) -> str:
+        """What is wrong with an entry, all of whose bytes are read, or an empty text."""
+        try:
+            if _chain(entry.fingerprint, entry.rope_factor, read_ids(entry)) != entry.chain:
+                return "its tokens do not match their hashes"
+            if entry.checksum is not None and _checksum(entry.path / "kv") != entry.checksum:
+                return "its keys and values are not those that were written"
+        except OSError as error:
+            return (error.strerror or str(error)).lower()
+        return ""
 
     def _load(
         self, entry: Entry, model: "NSAModel", wanted: "Cache", ids: Sequence[int], length: int
     ) -> tuple[Sequence[int], "Cache"]:
         """An entry's tokens, and a cache of their first `length`, which must be those of `ids`. Raises Miss."""
         try:
-            stored_ids = _read_ids(entry)
+            stored_ids = read_ids(entry)
             if stored_ids[:length] != array("i", ids[:length]):
                 raise ValueError("its tokens do not match their hashes")
             cache = _open_cache(entry, model, wanted, length)
@@ -205,6 +246,7 @@ class Store:
         temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self.root))  # readable by its owner only
         try:
             about["capacity"], about["kv_bytes"] = _write_kv(temporary / "kv", cache, len(ids))
+            about["kv_crc32"] = _checksum(temporary / "kv")
             for name, content in (
                 ("ids", ids.tobytes()),
                 ("chain", chain),
@@ -325,13 +367,23 @@ def _read_entry(path: Path) -> Entry:
         fingerprint=about["fingerprint"],
         rope_factor=float(about["rope_factor"]),
         chain=chain,
+        checksum=about.get("kv_crc32"),
     )
 
 
-def _read_ids(entry: Entry) -> array:
+def read_ids(entry: Entry) -> array:
     ids = array("i")
     ids.frombytes((entry.path / "ids").read_bytes())
     return ids
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file: it is for damaged disks, and takes 0.5 s for the 3 GB of 128k tokens."""
+    crc = 0
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            crc = zlib.crc32(piece, crc)
+    return crc
 
 
 def _layout(cache: "Cache") -> tuple[dict[str, int], int]:

@@ -1,10 +1,10 @@
 """A context -> its summary; what is longer than the model reads is summarized in parts, and then their summaries."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from nsa_cli.answer import Answer, Request, answer, combined, document_room, silent
+from nsa_cli.answer import Answer, Request, answer, answers, combined, document_room, silent
 from nsa_cli.checkpoint import Checkpoint
 from nsa_cli.citations import check_citations
 from nsa_cli.output import say, warn
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 WHOLE = "Summarize the text above"
 JOIN = "The texts above summarize consecutive parts of one document. Summarize the whole document"
+JOIN_ANSWERS = "The texts above answer a question from consecutive parts of one document. Answer it from them all: "
 LENGTHS = {"short": "in one or two sentences", "medium": "in one paragraph", "long": "in several paragraphs"}
 STYLES = {
     "bullets": "as a list of bullet points",
@@ -69,15 +70,33 @@ def summarize(
             f"too little; lower --max-tokens to {max(room // 2 - LABEL, 1):,} or raise --max-context"
         )
     shards = context.split(room)
-    say(f"nsa: {len(context.ids):,} tokens, {room:,} fit: summarizing {len(shards)} parts, then their summaries")
+    say(f"nsa: {len(context.ids):,} tokens, {room:,} fit: reading {len(shards)} parts, then what was said of them")
     parts = [_part(checkpoint, shard, instruction, request, i, len(shards)) for i, shard in enumerate(shards, 1)]
     joined = _join(checkpoint, parts)
     if len(joined.ids) >= len(context.ids):
         raise BudgetError(f"{len(shards)} parts' summaries are no shorter than the text; lower --max-tokens")
-    later = replace(request, use_store=False, evidence=0)  # summaries are asked about once, and are no place to look
+    later = replace(request, store="off", evidence=0)  # summaries are asked about once, and are no place to look
     whole = summarize(checkpoint, joined, later, tell, join, join)
     whole = combined(parts, whole, request.evidence)
     return replace(whole, shards=len(parts), citations=check_citations(whole.text, context))
+
+
+def ask_about(
+    checkpoint: Checkpoint,
+    context: "Context",
+    questions: Sequence[str],
+    request: Request,
+    room: int,
+    tell: Callable[[str], None],
+) -> Iterator[Answer]:
+    """Answers from one reading, where the context's tokens are at most `room`; else each question is asked about every
+    part, and the answers are put together.
+    """
+    if context.tokens <= room:
+        yield from answers(checkpoint, context, questions, request, tell)
+        return
+    for question in questions:
+        yield summarize(checkpoint, context, request, tell, question, JOIN_ANSWERS + question)
 
 
 def _part(checkpoint, shard: "Context", question: str, request: Request, number: int, of: int) -> Answer:
@@ -86,7 +105,7 @@ def _part(checkpoint, shard: "Context", question: str, request: Request, number:
     if part.finish_reason == "interrupted":
         raise KeyboardInterrupt
     if part.finish_reason == "length":
-        warn(f"the summary of part {number} was cut at {part.usage.completion_tokens:,} tokens")
+        warn(f"what was said of part {number} was cut at {part.usage.completion_tokens:,} tokens")
     return part
 
 

@@ -90,14 +90,13 @@ def path_texts(path: str) -> list:
     """The documents of a file or folder as every command reads them, or of a .jsonl of documents."""
     from nsa_cli.documents import ReadOptions, read_documents
     from nsa_models.training.data import read_corpus
-    from nsa_models.training.tasks import Text
 
     if path.endswith(".jsonl"):
         return read_corpus(Path(path))
     documents, skips = read_documents([path], ReadOptions())
     if skips:
         say(f"nsa: {path}: {len(skips)} files are no text and were not read", VERBOSE)
-    return [Text(d.path, d.text if d.text.endswith("\n") else d.text + "\n") for d in documents]
+    return [d if d.text.endswith("\n") else replace(d, text=d.text + "\n") for d in documents]
 
 
 def layout(tokenizer: "Tokenizer") -> "Layout":
@@ -110,12 +109,13 @@ def layout(tokenizer: "Tokenizer") -> "Layout":
 
 
 def train(path: Path, minutes: float | None, device: str | None, threads: int | None, export: bool) -> None:
-    """Train from the last saved state on, to the end or for `minutes`; then write what came of it."""
+    """Train from the last saved state on, to the end or for `minutes`, loading included; then write what came of it."""
+    began = time.monotonic()
     plan = read_train_config(find_config(path))
     with processes() as group:
         trainer, outcome = make_trainer(plan, device, threads, group)
         if not export:
-            done = run(trainer, minutes)
+            done = run(trainer, None if minutes is None else began + 60 * minutes)
             if group.rank == 0:
                 draw(trainer)
             if not done:
@@ -135,7 +135,7 @@ def processes() -> Iterator["Group"]:
         return
     import torch
 
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    torch.distributed.init_process_group()  # gloo for tensors on CPUs, nccl on GPUs
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     try:
@@ -240,9 +240,11 @@ def identity(plan: TrainConfig, *parts: object) -> str:
     return hashlib.sha256(json.dumps([values, *parts], default=str, sort_keys=True).encode()).hexdigest()
 
 
-def run(trainer: "Trainer", minutes: float | None) -> bool:
-    """Train, with a bar that shows loss, tokens/s and the time left. Ctrl-C stops after the step at hand."""
-    start = time.monotonic()
+def run(trainer: "Trainer", end: float | None) -> bool:
+    """Train, with a bar that shows loss, tokens/s and the time left. Ctrl-C stops after the step at hand.
+
+    end: of the slice, by time.monotonic(); the step that would pass it is not begun.
+    """
     slowest, interrupted = 0.0, False
 
     def interrupt(*_: object) -> None:
@@ -251,7 +253,7 @@ def run(trainer: "Trainer", minutes: float | None) -> bool:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one ends it at once
 
     def stop() -> bool:
-        out_of_time = minutes is not None and time.monotonic() - start + slowest > minutes * 60
+        out_of_time = end is not None and time.monotonic() + slowest > end
         return interrupted or out_of_time
 
     before = signal.signal(signal.SIGINT, interrupt)

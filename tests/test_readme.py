@@ -100,19 +100,18 @@ def test_the_commands_print_what_the_readme_shows(directory, environment):
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_python_example_prints_what_the_readme_shows(directory, environment):
-    (example,), (expected,) = (
-        blocks("python"),
-        re.findall(r"^```python\n.*?^```\n\n```text\n(.*?)^```", README, re.M | re.S),
-    )
+def test_the_python_examples_print_what_the_readme_shows(directory, environment):
     (directory / "note.txt").write_text(
         "The harbour was closed on 3 May because the lighthouse keeper, Ada Brill, fell ill.\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", example], cwd=directory, env=environment, capture_output=True, encoding="utf-8"
-    )
-    assert run.returncode == 0, run.stderr
-    assert not differences("nsa ask ", expected.splitlines(), run.stdout.splitlines())
+    examples = re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", README, re.M | re.S)
+    assert len(examples) == len(blocks("python")) > 1
+    for example, expected in examples:
+        run = subprocess.run(
+            [sys.executable, "-c", example], cwd=directory, env=environment, capture_output=True, encoding="utf-8"
+        )
+        assert run.returncode == 0, run.stderr
+        assert not differences("nsa ask ", expected.splitlines(), run.stdout.splitlines())
 
 
 def test_a_command_with_its_output_comes_early():

@@ -14,10 +14,12 @@ from itertools import accumulate
 from pathlib import Path
 
 from nsa_models.errors import InputError
+from nsa_models.text import Text
 from nsa_models.tokenizer import Tokenizer
 from nsa_models.training.batch import Batch, Example, pack
 from nsa_models.training.config import TrainConfig
-from nsa_models.training.tasks import KINDS, PLANTED, Task, Text, Unsuitable
+from nsa_models.training.kinds import KINDS
+from nsa_models.training.tasks import PLANTED, Task, Unsuitable
 
 SHORTEST = 64  # tokens: what is left of a batch below this stays empty
 
@@ -109,7 +111,10 @@ def make_task(
     characters, state = 4.0 * length, rng.getstate()
     for _ in range(8):
         rng.setstate(state)  # the same passage, only shorter
-        task = KINDS[kind](rng, corpus.passage(rng, max(int(characters), 1)), depth)
+        passage = corpus.passage(rng, max(int(characters), 1))
+        if not passage:
+            break  # so short that it is blank
+        task = KINDS[kind](rng, passage, depth)
         tokens = sum(map(len, layout.asked(task)))
         if tokens <= length:
             return task
@@ -118,7 +123,7 @@ def make_task(
 
 
 def read_corpus(file: Path) -> list[Text]:
-    """The documents of a .jsonl file, {"path": ..., "text": ...} a line. Raises InputError."""
+    """The documents of a .jsonl file, {"path": ..., "text": ...} a line, less blank ones. Raises InputError."""
     try:
         lines = file.read_text("utf-8").splitlines()
     except OSError as error:
@@ -132,7 +137,7 @@ def read_corpus(file: Path) -> list[Text]:
             found.append(Text(str(value["path"]), str(value["text"])))
         except (json.JSONDecodeError, KeyError, TypeError):
             raise InputError(f'{file}:{number}: not a document, {{"path": ..., "text": ...}}') from None
-    return found
+    return [text for text in found if text.text.strip()]
 
 
 def digest(corpora: Iterable[tuple[Corpus, float]]) -> str:

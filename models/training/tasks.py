@@ -4,22 +4,17 @@ Each maker takes documents that fill a context, plants what is asked for or find
 haystack tasks follow RULER (arXiv 2404.06654): one needle, many keys, values and queries, variable tracking.
 """
 
+import json
 import random
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import resources
+
+from nsa_models.text import Text
 
 ABSENT = "That is not in the text."
 PLANTED = 40  # tokens, at most, of one planted line
-
-
-@dataclass(frozen=True)
-class Text:
-    """A document: `path` as it is shown, lines end in \\n."""
-
-    path: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -88,21 +83,6 @@ def variables(rng: random.Random, documents: Sequence[Text], depth: float | None
     return _planted("variables", rng, documents, lines, depth, question, answer, tuple(names[:4]), in_order=True)
 
 
-def defines(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
-    """Which file defines a function or class that the texts define once."""
-    name, _, text, line = _definition(rng, documents, depth)
-    question = f"Which file defines {name}? Answer with its path."
-    return _found("defines", documents, question, f"{text.path} defines {name}.", (text.path,), text, line)
-
-
-def takes(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
-    """The parameters of a function that the texts define once."""
-    name, parameters, text, line = _definition(rng, documents, depth, functions_only=True)
-    question = f"What are the parameters of the function {name}? Answer with their names."
-    answer = f"{name} takes {', '.join(parameters)}."
-    return _found("takes", documents, question, answer, tuple(parameters), text, line)
-
-
 def absent(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
     """Three planted numbers, and a question for the number of a fourth name."""
     names, numbers = _names(rng, 4), _numbers(rng, 3)
@@ -111,9 +91,14 @@ def absent(rng: random.Random, documents: Sequence[Text], depth: float | None = 
     return _planted("absent", rng, documents, lines, depth, question, ABSENT, ("not in the text",))
 
 
-KINDS: dict[str, Maker] = {
-    maker.__name__: maker for maker in (needle, keys, values, queries, variables, defines, takes, absent)
-}
+def short_tasks() -> list[Task]:
+    """Fifty short questions about no text, whose answers hold exact facts: what a model must not unlearn."""
+    file = resources.files("nsa_models") / "training" / "short.jsonl"
+    values = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    return [
+        Task("short", (), value["question"], ", ".join(value["facts"]), tuple(value["facts"]), 0.0, f"short.jsonl:{i}")
+        for i, value in enumerate(values, 1)
+    ]
 
 
 def is_right(task: Task, reply: str) -> bool:
@@ -178,46 +163,3 @@ def _planted(
 def _ended(lines: list[str]) -> list[str]:
     """A last line without a line end gets one: nothing may be planted behind it on the same line."""
     return [line if line.endswith("\n") else line + "\n" for line in lines]
-
-
-_DEFINITION = re.compile(r"^[ \t]*(?:async )?(def|class) (\w+)(?:\(([^()\n]*)\))?[^\n]*:[ \t]*$", re.M)
-
-
-def _definition(
-    rng: random.Random, documents: Sequence[Text], depth: float | None, functions_only: bool = False
-) -> tuple[str, list[str], Text, int]:
-    """Name, parameters, document and line of a Python definition whose name is defined once, the nearest to `depth`."""
-    every = [(match, text) for text in documents for match in _DEFINITION.finditer(text.text)]
-    times = Counter(match[2] for match, _ in every)
-    total, starts, offset = sum(len(text.text) for text in documents), {}, 0
-    for text in documents:
-        starts[text.path] = offset
-        offset += len(text.text)
-    found = []
-    for match, text in every:
-        parameters = _parameters(match[3] or "")
-        if times[match[2]] > 1 or match[2].startswith("__") or len(match[2]) < 4:
-            continue
-        if functions_only and (match[1] != "def" or not 1 <= len(parameters) <= 6):
-            continue
-        found.append((match, text, parameters))
-    if not found:
-        raise Unsuitable("no Python definition that occurs once")
-    if depth is None:
-        match, text, parameters = rng.choice(found)
-    else:
-        match, text, parameters = min(found, key=lambda f: abs((starts[f[1].path] + f[0].start()) / total - depth))
-    return match[2], parameters, text, text.text.count("\n", 0, match.start()) + 1
-
-
-def _parameters(inside: str) -> list[str]:
-    """Names of a one-line parameter list, without self and cls."""
-    names = [re.split("[:=]", part)[0].strip(" *") for part in re.sub(r"\[[^\[\]]*\]", "", inside).split(",")]
-    return [name for name in names if name and name.isidentifier() and name not in ("self", "cls")]
-
-
-def _found(kind: str, documents, question: str, answer: str, facts: tuple[str, ...], text: Text, line: int) -> Task:
-    before = sum(len(d.text) for d in documents[: list(documents).index(text)])
-    before += sum(len(row) for row in text.text.splitlines(keepends=True)[: line - 1])
-    depth = before / max(sum(len(d.text) for d in documents), 1)
-    return Task(kind, tuple(documents), question, answer, facts, depth, f"{text.path}:{line}")

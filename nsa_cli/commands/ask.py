@@ -1,12 +1,13 @@
 """`nsa ask`: documents and questions in, answers out."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import click
 
-from nsa_cli.answer import Answer, answers, require_citations, show, silent
+from nsa_cli.answer import Answer, Request, require_citations, show, silent
 from nsa_cli.commands.options import (
     answer_options,
     checkpoint_options,
@@ -18,14 +19,16 @@ from nsa_cli.commands.options import (
     strict_option,
     verbosity_options,
 )
+from nsa_cli.commands.run import explicit
 from nsa_cli.completion import complete_paths
 from nsa_cli.documents import ReadOptions, read_documents
 from nsa_cli.output import emit, say_skipped
 from nsa_cli.packing import pack, room_beside
-from nsa_cli.summarize import summarize
-from nsa_models.errors import InputError
+from nsa_cli.recipe_keys import NAME
+from nsa_cli.summarize import ask_about
+from nsa_models.errors import CheckError, InputError
 
-JOIN_ANSWERS = "The texts above answer a question from consecutive parts of one document. Answer it from them all: "
+FENCED = re.compile(r"^(?P<fence>`{3,}|~{3,})[^\n]*\n(?P<code>.*?)^(?P=fence)\s*$", re.MULTILINE | re.DOTALL)
 
 
 @click.command("ask")
@@ -37,6 +40,10 @@ JOIN_ANSWERS = "The texts above answer a question from consecutive parts of one 
 @click.option(
     "--schema", metavar="FILE|FIELDS", help="Answer in JSON of this schema: a file, or 'name, age int, tags str[]'."
 )
+@click.option(
+    "--code", is_flag=True, help="Print only the first block of code in the answer; exit code 6 if it has none."
+)
+@click.option("--save-recipe", metavar="NAME", help="Answer nothing, but save question and options: nsa run NAME PATH.")
 @strict_option
 @document_options
 @packing_options
@@ -45,7 +52,9 @@ JOIN_ANSWERS = "The texts above answer a question from consecutive parts of one 
 @json_option
 @output_option
 @verbosity_options
-def command(arguments, asked, questions, schema, strict, read, packing, request, checkpoint, as_json) -> None:
+def command(
+    arguments, asked, questions, schema, code, save_recipe, strict, read, packing, request, checkpoint, as_json
+) -> None:
     """Answer QUESTION about the files and folders at PATH, or about text piped in (PATH `-`, or none).
 
     The answer goes to stdout as it is generated; where the question leads (path:lines, and how many times an even
@@ -59,41 +68,65 @@ def command(arguments, asked, questions, schema, strict, read, packing, request,
       nsa ask book.txt --question "who is Ada?" --question "where does she live?"
       nsa ask invoice.pdf "who is paid, and how much?" --schema "name, amount float"
       nsa ask --diff main "review this change"
+      nsa ask parser.py "write a test for parse_args" --code > test_parser.py
+      nsa ask "list the TODO comments" --include '*.py' --save-recipe todos
       git ls-files -z '*.c' | nsa ask --files-from - -0 "which of these allocate?"
       nsa ask . "how is the cache invalidated?" --order importance --overflow drop
       nsa ask . "list the exit codes" --json | jq -r .answer
     """
-    paths, wanted = split_arguments(arguments, [*asked, *(read_questions(questions) if questions else ())], read)
+    if code and schema:
+        raise click.UsageError("--code and --schema are two kinds of answer; give one")
+    wanted = [*asked, *(read_questions(questions) if questions else ())]
     if schema:
         from nsa_cli.schema import load_schema
 
         request = replace(request, schema=load_schema(schema))
+    if save_recipe:
+        save(save_recipe, arguments, wanted, request, read)
+        return
+    paths, wanted = split_arguments(arguments, wanted, read)
     documents, skips = read_documents(paths, read)
     say_skipped(skips)
     longest = max(wanted, key=len)
     context = pack(documents, skips, checkpoint, longest, request, packing)
-    in_parts = context.tokens > room_beside(checkpoint, longest, request, packing)  # only where it is to be read so
-    answered = (answers_in_parts if in_parts else answers)(
-        checkpoint, context, wanted, request, silent if as_json else emit
-    )
-    replies = show_answers(answered, wanted, as_json)
+    room = room_beside(checkpoint, longest, request, packing)  # it is longer only where it is to be read in parts
+    answered = ask_about(checkpoint, context, wanted, request, room, silent if as_json or code else emit)
+    replies = show_answers(map(only_code, answered) if code else answered, wanted, as_json, told=not code)
     if strict:
         require_citations(replies)
 
 
-def answers_in_parts(checkpoint, context, questions: Sequence[str], request, tell) -> Iterator[Answer]:
-    """Each question asked about every part, and the answers put together."""
-    for question in questions:
-        yield summarize(checkpoint, context, request, tell, question, JOIN_ANSWERS + question)
+def save(name: str, arguments: Sequence[str], questions: Sequence[str], request: Request, read: ReadOptions) -> None:
+    """Write the one question as a recipe, and print where it is."""
+    from nsa_cli.saved import save_recipe
+
+    if not re.fullmatch(NAME, name):
+        raise click.UsageError(f"{name!r} is not a name for a recipe; write it like my-review")
+    if len([*arguments, *questions]) != 1:
+        raise click.UsageError("--save-recipe takes one question, and no paths: those are for nsa run")
+    (question,) = (*arguments, *questions)
+    click.echo(save_recipe(name, question, request, read, explicit()))
 
 
-def show_answers(answered: Iterator[Answer], questions: Sequence[str], as_json: bool) -> list[Answer]:
-    """Print the answers one after the other; several with their questions."""
+def only_code(reply: Answer) -> Answer:
+    """The same answer with its first fenced block of code for a text. Raises CheckError if it has none."""
+    if reply.finish_reason == "interrupted":
+        raise KeyboardInterrupt
+    block = FENCED.search(reply.text)
+    if block is None:
+        raise CheckError(f"there is no block of code in the answer: {' '.join(reply.text.split())[:60]}")
+    return replace(reply, text=block["code"])
+
+
+def show_answers(answered: Iterator[Answer], questions: Sequence[str], as_json: bool, told: bool) -> list[Answer]:
+    """Print the answers one after the other; several with their questions. told: their text is out already."""
     shown: list[Answer] = []
     for question in questions:
         if len(questions) > 1 and not as_json:
             emit("\n" * bool(shown) + f"## {question}\n\n")
         shown.append(next(answered))
+        if not told and not as_json:
+            emit(shown[-1].text)
         show(shown[-1], as_json, **({"question": question} if len(questions) > 1 else {}))
     return shown
 

@@ -37,8 +37,8 @@ from nsa_models.errors import InputError
 def command(jobs, output, restart, keep_going, reproducible, engine, read, request, checkpoint, **cluster) -> None:
     """Answer the JOBS of a file, or of standard input (`-`): one JSON object a line in, one a line out.
 
-    A job is {"id", "paths": [...] or "text", "question" or "recipe" with "params"}. Its record is what `nsa ask --json`
-    or `nsa run --json` prints, with the id; where that failed, "error" says why.
+    A job is {"id", "paths": [...] or "text", "question" with or without "schema", or "recipe" with "params"}. Its
+    record is what `nsa ask --json` or `nsa run --json` prints, with the id; where that failed, "error" says why.
 
     Records come in the order of the jobs. Jobs about the same document are answered together, so that it is read
     once; with -o each record is in the file as soon as it ends, and in its place when all have.
@@ -48,19 +48,21 @@ def command(jobs, output, restart, keep_going, reproducible, engine, read, reque
 
     With `--engine ray` (pip install 'nsa[ray]') the workers of a Ray cluster answer. nsa and the model must be
     installed on its machines; documents and recipes are read here. Jobs about the same document stay with one worker;
-    the job of a worker that dies is tried again, three times at most.
+    the job of a worker that dies is tried again, three times at most. Where a cluster asks for a token, set
+    RAY_AUTH_MODE=token, as for Ray itself.
 
     \b
       nsa batch jobs.jsonl -o answers.jsonl
       nsa batch jobs.jsonl -o answers.jsonl --max-tokens 200 --fail-fast
       nsa batch jobs.jsonl -o answers.jsonl --engine ray --address auto
+      echo '{"id": 1, "paths": ["bill.pdf"], "question": "Who is paid?", "schema": "name, amount float"}' | nsa batch -
       jq -c '{id: .n, paths: ["src"], question: .q}' questions.jsonl | nsa batch - | jq -r .answer
     """
     if engine == "local" and any(cluster.values()):
         raise click.UsageError("--address and --workers are for --engine ray")
     listed = parse_jobs(read_jobs(jobs, output))
     settings = Settings(read, request, reproducible, typed(request))
-    digests = {job.key: settings.digest(job, checkpoint.model.fingerprint) for job in listed}
+    digests = {job.key: settings.digest(job, checkpoint.identity) for job in listed}
     with open_records(output, digests, restart) as records:
         run_batch(listed, make_engine(engine, checkpoint, settings, **cluster), records, keep_going)
 

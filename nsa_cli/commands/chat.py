@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
+from pathlib import Path
 
 import click
 
@@ -25,24 +27,31 @@ PROMPT = "> "
 
 @click.command("chat")
 @click.argument("paths", nargs=-1, metavar="PATH...", shell_complete=complete_paths)
+@click.option(
+    "--session",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Keep the conversation in FILE, and go on with the one that is in it. A copy of FILE is a branch.",
+)
 @document_options
 @packing_options
 @answer_options
 @checkpoint_options
 @json_option
 @verbosity_options
-def command(paths, read, packing, request, checkpoint, as_json) -> None:
+def command(paths, session, read, packing, request, checkpoint, as_json) -> None:
     """Talk about the files and folders at PATH: they are read once, and each question knows those before it.
 
-    Questions come from the terminal, or a line each from a pipe. /reset begins a new conversation about the same text,
-    /quit or Ctrl-D ends.
+    Questions come from the terminal, or a line each from a pipe. /undo takes the last question back, /reset begins a
+    new conversation about the same text, /quit or Ctrl-D ends.
 
     \b
       nsa chat book.txt
       nsa chat src/ --system "Answer in one sentence."
       nsa chat book.txt --json < questions.txt
+      echo "and then?" | nsa chat book.txt --session ada.jsonl
     """
-    from nsa_cli.chat import HELP, begin, chat
+    from nsa_cli.chat import HELP, begin, chat, load_turns, save_turns
 
     named = paths_or_stdin(paths, read)
     if "-" in named:
@@ -51,10 +60,15 @@ def command(paths, read, packing, request, checkpoint, as_json) -> None:
     say_skipped(skips)
     context = pack(documents, skips, checkpoint, "", request, packing)
     typed = sys.stdin is not None and sys.stdin.isatty()
+    turns = load_turns(session, checkpoint.tokenizer) if session else []
     conversation = begin(checkpoint, context, request)
+    conversation.resume(turns)
     if typed:
         say(f"nsa: {context.tokens:,} tokens read; {HELP}")
-    chat(conversation, typed_lines() if typed else sys.stdin or (), as_json, patient=typed)
+    if turns:
+        say(f"nsa: going on after {len(turns):,} questions; the last: {turns[-1].question}")
+    keep = partial(save_turns, session) if session else lambda turns: None
+    chat(conversation, typed_lines() if typed else sys.stdin or (), as_json, typed, keep)
 
 
 def typed_lines() -> Iterator[str]:

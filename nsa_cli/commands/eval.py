@@ -9,9 +9,10 @@ from nsa_cli.checkpoint import Checkpoint
 from nsa_cli.commands.bench import parse_lengths
 from nsa_cli.commands.options import checkpoint_options, json_option, verbosity_options
 from nsa_cli.output import emit
+from nsa_models.training.kinds import KINDS
 
 ATTENTIONS = ("full", "nsa", "h2o", "quest", "streaming")
-TASKS = ("perplexity", "needle", "keys", "values", "queries", "variables", "defines", "takes", "absent")
+TASKS = ("perplexity", *KINDS, "short")
 
 
 @click.command("eval")
@@ -22,7 +23,8 @@ TASKS = ("perplexity", "needle", "keys", "values", "queries", "variables", "defi
     multiple=True,
     default=("perplexity", "needle"),
     show_default=True,
-    help="What to measure; repeatable.",
+    metavar="TASK",
+    help="What to measure, see above; repeatable.",
 )
 @click.option(
     "--lengths",
@@ -67,19 +69,25 @@ TASKS = ("perplexity", "needle", "keys", "values", "queries", "variables", "defi
 def command(checkpoint: Checkpoint, as_json: bool, heat_map: Path | None, depths: int, **settings) -> None:
     """Measure how well a model reads.
 
-    Perplexity is that of the texts' first tokens, one after another. A task is a question about the text whose answer
-    is known: needle (one planted number), keys, values, queries (several), variables (a chain of them), defines and
-    takes (Python functions), absent (nothing to find). An answer is right if it holds every fact. In brackets stands
-    the 95 % confidence interval. h2o, quest and streaming read as many tokens a step as NSA does.
+    Perplexity is that of the same tokens at every length, with more and more text before them: the last of windows of
+    the longest length, as many as the shortest length has. A task is a question about the text whose answer is known:
+    needle (one planted number), keys, values, queries (several), variables (a chain of them), absent (nothing to find);
+    defines, takes, returns, raises (Python functions), summary (the sentence that sums up), chapter (the heading above
+    a line), field (an entry). short is fifty questions about no text. An answer is right if it holds every fact. In
+    brackets stands the 95 % confidence interval. h2o, quest and streaming read as many tokens a step as NSA does.
 
     \b
     Examples:
       nsa eval
+      nsa eval --task short
       nsa eval --task needle --lengths 4Ki,16Ki --depths 10 --heat-map needle.png
       nsa eval --task perplexity --text henry-viii --attention full --attention nsa --attention quest
     """
     from nsa_cli import evaluate
 
+    asked = [task for task in settings["tasks"] if task not in (evaluate.PERPLEXITY, evaluate.SHORT)]
+    if heat_map and not asked:
+        raise click.UsageError("--heat-map needs a --task with depths, such as needle")
     where = tuple((i + 0.5) / depths for i in range(depths))
     settings["lengths"] = tuple(settings["lengths"])
     plan = evaluate.Plan(depths=where, **settings)
@@ -88,6 +96,5 @@ def command(checkpoint: Checkpoint, as_json: bool, heat_map: Path | None, depths
         emit(json.dumps(evaluate.as_json(checkpoint, plan, rows), ensure_ascii=False) + "\n")
     else:
         emit(evaluate.table(rows))
-    asked = [task for task in plan.tasks if task != evaluate.PERPLEXITY]
-    if heat_map and asked:
+    if heat_map:
         evaluate.heat_map(rows, heat_map, asked[0], plan.attentions[-1])

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import click
 
-from nsa_cli.answer import Request
+from nsa_cli.answer import STORE_MODES, Request
 from nsa_cli.checkpoint import Checkpoint
-from nsa_cli.completion import complete_models
+from nsa_cli.completion import complete_models, complete_paths
 from nsa_cli.documents import ReadOptions
 from nsa_cli.documents.ignore import KINDS
 from nsa_cli.documents.table import MAX_ROWS
@@ -164,11 +164,12 @@ def packing_options(command):
 
 
 def checkpoint_options(command):
-    """Add --model, --device and --threads; the command gets a `checkpoint`."""
+    """Add --model, --device, --threads, --dtype and --chat-template; the command gets a `checkpoint`."""
 
     @functools.wraps(command)
-    def with_checkpoint(*args, model, device, threads, **kwargs):
-        return command(*args, checkpoint=Checkpoint(model, device, threads), **kwargs)
+    def with_checkpoint(*args, model, device, threads, dtype, chat_template, **kwargs):
+        template = "" if chat_template == "none" else chat_template and read_text(chat_template)
+        return command(*args, checkpoint=Checkpoint(model, device, threads, dtype, template), **kwargs)
 
     return _add(
         with_checkpoint,
@@ -181,6 +182,17 @@ def checkpoint_options(command):
         ),
         _option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: a GPU if there is one."),
         _option("--threads", type=click.IntRange(1), help="CPU threads. Default: one per core."),
+        _option(
+            "--dtype",
+            type=click.Choice(["bfloat16", "float32"]),
+            help="To compute in. Default: bfloat16 where the machine multiplies it fast.",
+        ),
+        _option(
+            "--chat-template",
+            metavar="FILE|none",
+            shell_complete=complete_paths,
+            help="Jinja template in place of the checkpoint's own; none: document, Question:, Answer:.",
+        ),
     )
 
 
@@ -188,9 +200,11 @@ def answer_options(command):
     """Add the options that say how to answer; the command gets a `request`."""
 
     @functools.wraps(command)
-    def with_request(*args, stop, system, max_context, no_cache, evidence, **kwargs):
+    def with_request(*args, stop, system, system_file, max_context, fit, cache, no_cache, evidence, **kwargs):
         sampling = Sampling(**{name: kwargs.pop(name) for name in Sampling.__dataclass_fields__})
-        request = Request(sampling, stop, system, max_context, not no_cache, evidence)
+        if system_file:
+            system = read_text(system_file)
+        request = Request(sampling, stop, system, max_context, "off" if no_cache else cache, evidence, fit=fit)
         return command(*args, request=request, **kwargs)
 
     default, share = Sampling(), click.FloatRange(0, 1)
@@ -210,15 +224,31 @@ def answer_options(command):
         _option("--seed", type=click.IntRange(0, 2**63 - 1), default=default.seed, help="Of the sampling."),
         click.option("--stop", multiple=True, callback=_not_empty, help="End the answer before this text; repeatable."),
         _option("--system", help="System message, in place of the chat template's own."),
+        click.option("--system-file", metavar="FILE", shell_complete=complete_paths, help="The same, from a file."),
         _option(
             "--max-context",
             type=parse_quantity,
             metavar="TOKENS",
             help="Most tokens of document, question and answer, such as 32k. Default: the model's limit.",
         ),
-        click.option("--no-cache", is_flag=True, help="Neither use nor keep stored contexts."),
+        click.option("--fit", is_flag=True, help="Let the context be no longer than free memory holds."),
+        _option(
+            "--cache",
+            type=click.Choice(STORE_MODES),
+            default=Request.store,
+            help="Stored contexts: use and keep them, only read them, read documents anew (refresh), or off.",
+        ),
+        click.option("--no-cache", is_flag=True, help="Neither use nor keep stored contexts: --cache off."),
         _option("--evidence", type=click.IntRange(0), default=Request.evidence, help="Most places to name; 0 = none."),
     )
+
+
+def read_text(file: str) -> str:
+    """What a file says. Raises InputError if it is not there, or not UTF-8."""
+    try:
+        return Path(file).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: {(getattr(error, 'strerror', None) or 'not UTF-8').lower()}") from None
 
 
 def _option(*names: str, **settings):

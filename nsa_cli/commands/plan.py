@@ -20,13 +20,11 @@ from nsa_cli.context import Context, ContextFile, Grid, check_budget, parse_toke
 from nsa_cli.documents import read_documents
 from nsa_cli.packing import pack_documents, room_beside, tree
 from nsa_cli.settings import cache_dir
+from nsa_cli.speed import expected
 from nsa_cli.token_cache import TokenCache
 from nsa_cli.units import format_bytes, format_seconds
 
 QUESTION_TOKENS = 64  # kept free for a question that is not known yet
-# Operations per second measured on 2 cores with AVX-512 bfloat16 and a C compiler. The softmax holds attention back.
-LINEAR_RATE = 370e9
-ATTENTION_RATE = 150e9
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,14 @@ class Cost:
     """Estimates for reading a context once; a stored one is read in no time."""
 
     memory_bytes: int
-    prefill_seconds: float
+    seconds: tuple[float, float]  # least and most
+    measured: bool  # as fast as the model's last reading on this machine
+
+    def __str__(self) -> str:
+        least, most = map(format_seconds, self.seconds)
+        reading = f"about {least if least == most else f'{least} to {most}'} to read"
+        last = ", as fast as the last time" if self.measured else ""
+        return f"about {format_bytes(self.memory_bytes)} of memory, {reading}{last}"
 
 
 @click.command("plan")
@@ -66,8 +71,9 @@ class Cost:
 def command(paths, model, max_context, depth, no_cache, read, packing, as_json) -> None:
     """Show what a question about the files and folders at PATH would read: tokens per file, memory, time.
 
-    Counts are exact, made with the model's own tokenizer. Memory and time are estimates, the time one for two CPU
-    cores. Exit code 4 if the documents do not fit.
+    Counts are exact, made with the model's own tokenizer. Memory and time are estimates: the time goes by the model's
+    last reading on this machine, or, before there was one, by two cores of a new and of an older CPU. Exit code 4 if
+    the documents do not fit.
 
     \b
       nsa plan src/
@@ -89,13 +95,12 @@ def command(paths, model, max_context, depth, no_cache, read, packing, as_json) 
 
 
 def estimate(checkpoint: Checkpoint, tokens: int) -> Cost:
-    from nsa_models.cost import attention_operations, estimate_memory, linear_parameters
+    from nsa_models.cost import estimate_memory
     from nsa_models.formats import weights_bytes
 
-    config = checkpoint.config
-    linear = 2 * linear_parameters(config) * tokens / LINEAR_RATE
-    attention = attention_operations(config, tokens) / ATTENTION_RATE
-    return Cost(estimate_memory(config, tokens, weights_bytes(checkpoint.directory)), linear + attention)
+    memory = estimate_memory(checkpoint.config, tokens, weights_bytes(checkpoint.directory))
+    *seconds, measured = expected(cache_dir(), checkpoint, tokens)
+    return Cost(memory, tuple(seconds), measured)
 
 
 def to_table(context: Context, room: int, cost: Cost, depth: int | None) -> str:
@@ -118,7 +123,7 @@ def to_table(context: Context, room: int, cost: Cost, depth: int | None) -> str:
             *lines,
             "",
             f"{verdict} {room:,} tokens beside a question and its answer",
-            f"about {format_bytes(cost.memory_bytes)} of memory, about {format_seconds(cost.prefill_seconds)} to read",
+            str(cost),
         ]
     )
 
@@ -138,5 +143,6 @@ def to_json(checkpoint: Checkpoint, context: Context, room: int, cost: Cost) -> 
         "room": room,
         "fits": context.tokens <= room,
         "memory_bytes": cost.memory_bytes,
-        "prefill_seconds": round(cost.prefill_seconds, 1),
+        "prefill_seconds": [round(seconds, 1) for seconds in cost.seconds],
+        "measured": cost.measured,
     }

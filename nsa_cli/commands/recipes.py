@@ -7,9 +7,13 @@ from pathlib import Path
 
 import click
 
+from nsa_cli.answer import SCHEMA_VERSION
+from nsa_cli.checkpoint import Checkpoint
+from nsa_cli.commands.options import checkpoint_options, json_option
 from nsa_cli.commands.run import describe, problems_of
 from nsa_cli.completion import complete_recipes
-from nsa_cli.recipe import builtin_dir, find_recipe, recipe_paths, user_dir
+from nsa_cli.output import VERBOSE, say, verbosity_options, write_atomically
+from nsa_cli.recipe import builtin_dir, find_recipe, load_recipe, recipe_paths, user_dir
 from nsa_cli.recipe_keys import NAME, json_schema
 from nsa_models.errors import CheckError, InputError
 
@@ -43,6 +47,13 @@ steps:
 # What must be true of the answer; else the exit code is 6.
 expect:
   min_words: 5
+# What to try it on, with `nsa recipes test {name}`, and what must be true of that answer besides.
+examples:
+  - text: The harbour was closed on 3 May, because the keeper, Ada Brill, fell ill.
+    params:
+      focus: people
+    expect:
+      max_words: 200
 """
 
 
@@ -56,7 +67,9 @@ def command(context: click.Context) -> None:
       nsa recipes ls
       nsa recipes show code-review
       nsa recipes new my-review --from code-review
+      nsa recipes edit my-review
       nsa recipes validate my-review
+      nsa recipes test my-review
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -103,15 +116,20 @@ def validate(names: tuple[str, ...]) -> None:
     paths = [find_recipe(name) for name in names] or sorted(user_dir().glob("*.yaml"))
     wrong = 0
     for path in paths:
-        try:
-            problems = problems_of(path)
-        except InputError as error:
-            problems = [str(error)]
+        problems = all_problems(path)
         wrong += bool(problems)
         for line in problems or [f"{path}: ok"]:
             click.echo(line)
     if wrong:
         raise CheckError(f"{wrong} of {len(paths)} recipes cannot be used")
+
+
+def all_problems(path: Path) -> list[str]:
+    """With their lines, also where the file is no YAML."""
+    try:
+        return problems_of(path)
+    except InputError as error:
+        return [str(error)]
 
 
 @command.command(short_help="Begin a recipe of your own.")
@@ -139,6 +157,64 @@ def new(name: str, source: str | None) -> None:
     except FileExistsError:
         raise InputError(f"{target} is there already; edit it, or choose another name") from None
     click.echo(target)
+
+
+@command.command(short_help="Try a recipe on its examples.")
+@click.argument("name", metavar="RECIPE", shell_complete=complete_recipes)
+@checkpoint_options
+@json_option
+@verbosity_options
+def test(name: str, checkpoint: Checkpoint, as_json: bool) -> None:
+    """Run RECIPE on each of the `examples` in its file, and check what it and they expect. Exit code 6 if an answer
+    falls short.
+
+    \b
+      nsa recipes test my-review
+      nsa recipes test my-review -m qwen-nsa/ --json | jq -c .failed
+    """
+    from nsa_cli.examples import try_examples
+
+    recipe = load_recipe(name)
+    if not recipe.examples:
+        raise InputError(f"{recipe.path} has no examples; nsa recipes new shows how they are written")
+    wrong = 0
+    for number, tried in enumerate(try_examples(checkpoint, recipe), 1):
+        wrong += bool(tried.failed)
+        if as_json:
+            row = {"example": number, "failed": tried.failed, "answer": tried.reply and tried.reply.text}
+            click.echo(json.dumps({"schema_version": SCHEMA_VERSION} | row, ensure_ascii=False))
+        else:
+            click.echo(f"{number}: {'; '.join(tried.failed) or 'ok'}")
+            say(tried.reply.text if tried.reply else "(no answer)", VERBOSE)
+    if wrong:
+        raise CheckError(f"recipe {recipe.name}: {wrong} of {len(recipe.examples)} examples failed")
+
+
+@command.command(short_help="Edit a recipe of your own.")
+@click.argument("name", metavar="RECIPE", shell_complete=complete_recipes)
+def edit(name: str) -> None:
+    """Open RECIPE in $EDITOR and check what was written. A built-in one is copied into your folder first, where it
+    takes the built-in one's place.
+
+    \b
+      nsa recipes edit my-review
+      EDITOR=nano nsa recipes edit code-review
+    """
+    original = find_recipe(name)
+    text = original.read_text("utf-8")
+    edited = click.edit(text, extension=".yaml")
+    if edited is None or edited == text:
+        say("nsa: nothing was changed")
+        return
+    target = user_dir() / original.name if original.parent == builtin_dir() else original
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, edited.encode())
+    click.echo(target)
+    problems = all_problems(target)
+    for line in problems:
+        click.echo(line, err=True)
+    if problems:
+        raise CheckError(f"{name} cannot be used as it is; mend it: nsa recipes edit {name}")
 
 
 @command.command(short_help="Print the JSON schema of recipes.")

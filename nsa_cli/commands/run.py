@@ -132,7 +132,8 @@ def explicit() -> set[str]:
     """Names of the options that were typed: they outrank the recipe, which outranks the environment."""
     context = click.get_current_context()
     names = (parameter.name for parameter in context.command.params)
-    return {name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    typed = {name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    return typed | ({"system"} if "system_file" in typed else set())
 
 
 def help_text(recipe: Recipe) -> str:

@@ -10,7 +10,7 @@ from nsa_cli.commands.options import verbosity_options
 @click.command("train")
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--minutes", type=click.FloatRange(0, min_open=True), help="Stop after about this long; run again to go on."
+    "--minutes", type=click.FloatRange(0, min_open=True), help="Stop before this much time is over; run again to go on."
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: a GPU if there is one.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: one per core.")
@@ -27,8 +27,8 @@ def command(config: Path | None, sources: bool, prepare: bool, **options) -> Non
     \b
     Examples:
       nsa train gates                        # a config that comes with nsa
-      nsa train run.yaml --minutes 9         # a slice; the same command goes on
-      nsa train run.yaml --prepare           # fetch texts, for a machine without a network
+      nsa train delta --minutes 8.5          # a slice; the same command goes on
+      nsa train delta --prepare              # fetch texts, for a machine without a network
       torchrun --nproc-per-node 4 -m nsa_cli train run.yaml
     """
     from nsa_cli import train

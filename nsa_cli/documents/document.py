@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 
+from nsa_models.text import Text
+
 
 @dataclass(frozen=True)
 class Part:
@@ -26,11 +28,9 @@ class Extract:
 
 
 @dataclass(frozen=True)
-class Document:
-    """One text: `path` as it is shown (posix, relative to the directory that was named), lines end in \\n."""
+class Document(Text):
+    """A text that was read, and what is known of it."""
 
-    path: str
-    text: str
     parts: tuple[Part, ...] = ()
     converted: bool = False
     lines: tuple[int, ...] | None = field(default=None, repr=False)  # of the file, for each line; None = 1, 2, 3...

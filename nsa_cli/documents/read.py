@@ -66,7 +66,7 @@ def read_documents(
             raise InputError(f"more than {format_bytes(MAX_TOTAL_BYTES)} of text; name fewer files or use --include")
     skips.sort(key=lambda skip: (skip.path, skip.reason))
     if not documents:
-        raise InputError(_nothing([*paths, *options.listed], skips))
+        raise InputError(_nothing([*paths, *options.listed], skips, options.include))
     return sorted(documents, key=lambda document: (document.path, document.text)), skips
 
 
@@ -184,11 +184,13 @@ def _standard_input() -> BinaryIO:
     return sys.stdin.buffer
 
 
-def _nothing(paths: Sequence[str], skips: list[Skip]) -> str:
+def _nothing(paths: Sequence[str], skips: list[Skip], include: Sequence[str]) -> str:
     message = f"nothing to read in {', '.join(map(printable, paths))}"
     if skips:
         more = f" and {len(skips) - 1} more" if len(skips) > 1 else ""
         return f"{message}; skipped {skips[0].path} ({skips[0].reason}){more}"
+    if include:
+        return f"{message}: no file matches {', '.join(include[:5])}{', ...' if len(include) > 5 else ''}"
     return f"{message}; ignored and hidden files are read with --no-gitignore, --no-default-ignores and --hidden"
 
 

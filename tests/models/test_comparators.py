@@ -7,7 +7,7 @@ from nsa_kernels import reference
 from nsa_models import Cache
 from nsa_models.comparators import COMPARATORS, HeavyHitters, Quest, Streaming, masked_attention
 from nsa_models.config import NSAConfig
-from nsa_models.transformer import NSAModel
+from tests.models.tiny import random_model
 
 CONFIG = NSAConfig(
     vocab_size=40, hidden_size=16, num_hidden_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=16
@@ -109,11 +109,8 @@ def test_masked_attention_in_pieces(monkeypatch):
 
 
 def test_a_model_reads_through_it():
-    model = NSAModel(CONFIG)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.normal_(0, 0.3, generator=generator)
-    ids = torch.randint(40, (130,), generator=generator)
+    model = random_model(CONFIG)
+    ids = torch.randint(40, (130,), generator=torch.Generator().manual_seed(1))
     caches = [Cache(CONFIG, 130, dtype=torch.float32) for _ in range(3)]
     dense = model.advance(ids, caches[0], dense=True)
     through = model.advance(ids, caches[1], attention=Streaming(CONFIG, 200))

@@ -14,23 +14,10 @@ from nsa_models.linear import Linear
 from nsa_models.quantize import quantize
 from nsa_models.step import Step
 from nsa_models.transformer import NSAModel, parameter_shapes
+from tests.models.tiny import CONFIG, random_model
 
-CONFIG = NSAConfig(
-    vocab_size=97,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=8,
-    intermediate_size=48,
-    max_position_embeddings=1024,
-    gate_bias=True,
-    compress_block=8,
-    compress_stride=4,
-    select_block=16,
-    select_count=4,
-    window=32,
-)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIGS = {
     "mean": CONFIG,
     "tied-biased": replace(CONFIG, tie_word_embeddings=True, qkv_bias=True, gate_bias=False),
@@ -43,27 +30,8 @@ CONFIGS = {
 }
 
 
-def random_model(config: NSAConfig, dtype: torch.dtype = torch.float32) -> NSAModel:
-    model = NSAModel(config, dtype=dtype)
-    generator = torch.Generator().manual_seed(0)
-    for name, p in model.named_parameters():
-        p.normal_(0, 0.3, generator=generator)
-        if "norm" in name:
-            p.add_(1)
-    return model
-
-
 def random_ids(n: int) -> torch.Tensor:
     return torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Of operations this small, two threads take longer than one; see test_two_threads_compute_the_same."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=CONFIGS.values(), ids=CONFIGS)

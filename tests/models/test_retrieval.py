@@ -78,6 +78,17 @@ def test_without_named_heads_all_count() -> None:
     torch.testing.assert_close(retrieval.mass[1:], torch.full((9,), 1.2, dtype=torch.float64))
 
 
+def test_only_counted_tokens_count_in_whatever_chunks_they_come() -> None:
+    q, k, rope = random(7, 6, 4), random(47, 2, 4), Rope(CONFIG)
+    counted = [False, True, True, False, False, True, False]
+    retrieval, chosen = RetrievalMass(CONFIG, 40, counted), RetrievalMass(CONFIG, 40)
+    for start, stop in ((0, 2), (2, 3), (3, 5), (5, 7)):
+        retrieval.add(1, q[start:stop], k[: 40 + stop], rope)
+    for i in (1, 2, 5):
+        chosen.add(1, q[i : i + 1], k[: 41 + i], rope)
+    torch.testing.assert_close(retrieval.mass, chosen.mass)
+
+
 def test_without_a_document_nothing_is_found() -> None:
     retrieval = RetrievalMass(CONFIG, 0)
     retrieval.add(1, torch.zeros(4, 6, 4), torch.zeros(4, 2, 4), Rope(CONFIG))

@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 
 import nsa_cli.answer
 import nsa_cli.commands.ask
-from nsa_cli.answer import StopStrings
+from nsa_cli.answer import FIT_SHARE, StopStrings
 from nsa_cli.cli import run
+from nsa_models import load_tokenizer
+from nsa_models.cost import estimate_memory
+from nsa_models.formats import read_config, weights_bytes
 
 NSA = [sys.executable, "-m", "nsa_cli"]
 WORDS = ["quick", "brown", "fox", "jumps", "over", "lazy", "dog", "runs", "away", "other", "animals", "old", "forest"]
@@ -65,13 +68,17 @@ def test_json_is_one_object_of_the_documented_shape(nsa, docs, tiny_checkpoint):
     run = nsa("ask", docs, QUESTION, *SHORT, "--json", "--evidence", 3)
     reply = answer_of(run)
     assert run.out.count("\n") == 1 and "lift" not in run.err
-    assert ",".join(reply) == "schema_version,answer,evidence,citations,usage,timings,model,finish_reason,shards"
+    keys = "schema_version,answer,evidence,citations,usage,timings,peak_memory_bytes,model,finish_reason,shards"
+    assert ",".join(reply) == keys
     assert reply["schema_version"] == 1 and reply["shards"] == 1
     assert (reply["model"], reply["finish_reason"]) == (tiny_checkpoint.name, "length")
     assert list(reply["usage"]) == ["prompt_tokens", "cached_tokens", "completion_tokens"]
     assert reply["usage"]["completion_tokens"] == 24 and reply["usage"]["cached_tokens"] == 0
-    assert list(reply["timings"]) == ["load_s", "prefill_s", "decode_s"]
-    assert all(seconds >= 0 for seconds in reply["timings"].values())
+    took = reply["timings"]
+    assert list(took) == ["load_s", "prefill_s", "decode_s", "first_token_s"]
+    assert all(seconds >= 0 for seconds in took.values())
+    assert took["load_s"] + took["prefill_s"] <= took["first_token_s"] + 0.002 <= sum(took.values())
+    assert 1e8 < reply["peak_memory_bytes"] <= psutil.virtual_memory().total
     assert 1 <= len(reply["evidence"]) <= 3
     for place in reply["evidence"]:
         assert list(place) == ["path", "start", "end", "lift", "place"]
@@ -94,6 +101,18 @@ def test_a_stored_context_gives_the_same_answer_for_the_questions_tokens(nsa, do
 def test_no_cache_leaves_nothing_on_disk(nsa, docs, tmp_path):
     assert nsa("ask", docs, QUESTION, *SHORT, "--no-cache").code == 0
     assert not (tmp_path / "store").exists()
+
+
+def test_the_store_can_be_only_read_or_written_anew(nsa, docs, tmp_path):
+    def cached(*args) -> int:
+        return answer_of(nsa("ask", docs, QUESTION, *SHORT, "--json", *args))["usage"]["cached_tokens"]
+
+    assert cached("--cache", "read") == 0 and not (tmp_path / "store").exists()
+    assert cached() == 0 < cached("--cache", "read")
+    (kept,) = (tmp_path / "store" / "contexts").iterdir()
+    before = (kept / "entry.json").read_text()
+    assert cached("--cache", "refresh") == 0 and (kept / "entry.json").read_text() != before
+    assert cached("--cache", "off") == 0 < cached()
 
 
 def test_a_store_that_cannot_be_written_is_a_warning(nsa, docs, monkeypatch):
@@ -173,6 +192,10 @@ def test_a_system_message_and_an_environment_variable_change_the_prompt(nsa, doc
     usage = answer_of(nsa("ask", docs, QUESTION, "--json"))["usage"]
     assert usage["prompt_tokens"] > tokens and usage["completion_tokens"] == 3
     assert nsa("ask", docs, QUESTION, "--max-tokens", 4).err.count("cut at 4 tokens") == 1
+    (docs.parent / "system.txt").write_text("Be brief.")
+    monkeypatch.delenv("NSA_SYSTEM")
+    filed = answer_of(nsa("ask", docs, QUESTION, "--json", "--system-file", docs.parent / "system.txt"))["usage"]
+    assert filed["prompt_tokens"] == usage["prompt_tokens"]
 
 
 def test_quiet_leaves_stderr_empty(nsa, docs):
@@ -207,6 +230,29 @@ def test_a_checkpoint_without_a_chat_template_gets_a_plain_layout_and_says_so(ns
     run = nsa("ask", docs, QUESTION, *SHORT, "-m", plain)
     assert run.code == 0 and run.out.strip()
     assert run.err.count("plain has no chat template") == 1
+    asked = nsa("ask", docs, QUESTION, *SHORT, "--chat-template", "none")
+    assert asked.out == run.out and "no chat template" not in asked.err
+    template = tmp_path / "mine.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}ANSWER ")
+    tokenizer = load_tokenizer(tiny_checkpoint, template.read_text())
+    assert tokenizer.prompt("").close == tokenizer.encode("\nANSWER ")
+    mine = nsa("ask", docs, QUESTION, *SHORT, "--chat-template", template)
+    assert mine.code == 0 and mine.out != run.out
+    gone = nsa("ask", docs, QUESTION, "--chat-template", tmp_path / "gone")
+    assert (gone.code, gone.err.count("\n")) == (3, 1) and "gone: no such file" in gone.err
+    template.write_text("{{ raise_exception('not so') }}")
+    failed = nsa("ask", docs, QUESTION, "--chat-template", template)
+    assert (failed.code, failed.err) == (5, "nsa: the chat template failed: not so\n")
+
+
+def test_the_dtype_can_be_chosen(nsa, docs, monkeypatch):
+    from nsa_models import checkpoint
+
+    load, seen = checkpoint.load_model, []
+    monkeypatch.setattr("nsa_models.load_model", lambda *args: seen.append(load(*args)) or seen[-1])
+    for name in ("float32", "bfloat16"):
+        assert nsa("ask", docs / "a.txt", QUESTION, "--max-tokens", 1, "--dtype", name).code == 0
+    assert [str(model.dtype) for model in seen] == ["torch.float32", "torch.bfloat16"]
 
 
 def test_text_is_read_from_stdin(nsa, docs):
@@ -255,9 +301,9 @@ def test_what_is_refused(nsa, docs, tmp_path, monkeypatch, code, args, says, std
     (tmp_path / "nothing").mkdir()
     run = nsa("ask", *args, stdin=stdin)
     assert (run.code, run.out) == (code, "")
-    message, *hint = run.err.splitlines()
+    (message,) = run.err.splitlines()
     assert message.startswith("nsa: ") and says in message
-    assert hint == (["Try 'nsa ask --help'."] if code == 2 else [])
+    assert message.endswith("(see nsa ask --help)") == (code == 2)
 
 
 def test_a_question_at_a_terminal_without_a_document_does_not_wait(monkeypatch, capsys):
@@ -273,6 +319,16 @@ def test_memory_is_checked_before_loading(nsa, docs, monkeypatch):
     assert run.code == 4
     needed, free, fits = re.search(r"need ([\d.]+) GB.*?([\d.]+) GB are free; about ([\d,]+) tokens", run.err).groups()
     assert needed >= free == "0.6" and 0 < int(fits.replace(",", "")) < 2000
+
+
+def test_fit_takes_what_memory_holds_and_no_more(nsa, docs, monkeypatch, tiny_checkpoint):
+    needed = estimate_memory(read_config(tiny_checkpoint), 1200, weights_bytes(tiny_checkpoint))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=needed / FIT_SHARE))
+    run = nsa("ask", docs, QUESTION, *SHORT, "--fit", "--overflow", "drop", "--json")
+    assert "left out to fit" in run.err and 0 < answer_of(run)["usage"]["prompt_tokens"] < 1200
+    assert nsa("ask", docs, QUESTION, *SHORT, "--fit").code == 4
+    parts = nsa("summarize", docs, *SHORT, "--fit", "--json")
+    assert answer_of(parts)["shards"] > 1
 
 
 def test_a_gpus_own_memory_is_checked(nsa, docs, monkeypatch):
@@ -298,6 +354,7 @@ def test_mistakes_in_the_input_cost_no_import_of_torch(docs, environment):
     code = """
 import sys
 from nsa_cli.cli import run
+from nsa_models import load_tokenizer
 runs = (["nowhere", "q?"], ["empty.txt", "q?"], ["docs"], ["docs", "q?", "--top-p", "2"], ["docs", "q?", "-m", "no"])
 print([run(["ask", *args]) for args in runs], "torch" in sys.modules)
 """
@@ -381,3 +438,46 @@ def test_question_files_that_are_refused(nsa, docs, content, code, says):
     run = nsa("ask", docs, "--questions", file)
     assert (run.code, run.out) == (code, "") and says in run.err
     assert nsa("ask", docs, "--question", " ").code == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ("Here:\n```python\nx = 1\n```\nand\n```\ny\n```\n", "x = 1\n"),
+        ("~~~~\n```\nin it\n```\n~~~~", "```\nin it\n```\n"),
+        ("```sh\n```", ""),
+        ("no code, only `x`", None),
+        ("```python\nx = 1", None),
+    ],
+)
+def test_only_the_code_is_printed(nsa, docs, monkeypatch, said, code):
+    def generate(checkpoint, cache, logits, request, tell):
+        tell(said)
+        return said, [1], "stop", 0.0
+
+    monkeypatch.setattr("nsa_cli.answer.generate", generate)
+    run = nsa("ask", docs, "write it", "--code")
+    if code is None:
+        assert (run.code, run.out) == (6, "") and "no block of code in the answer" in run.err
+    else:
+        assert run.code == 0 and run.out == (code or "\n")
+        assert json.loads(nsa("ask", docs, "write it", "--code", "--json").out)["answer"] == code
+    assert nsa("ask", docs, "write it", "--code", "--schema", "a").code == 2
+
+
+def test_a_question_is_saved_as_a_recipe_that_asks_it(nsa, docs, tmp_path):
+    options = ("--max-tokens", 9, "--temperature", 0.5, "--seed", 3, "--stop", "zz", "--system", "Be brief.")
+    asked = nsa("ask", docs, "who runs?", "--include", "a.*", "--max-context", "4k", *options)
+    saved = nsa("ask", "who runs?", "--include", "a.*", "--max-context", "4k", *options, "--save-recipe", "runs")
+    assert saved == (0, f"{tmp_path / 'config' / 'recipes' / 'runs.yaml'}\n", "")
+    assert nsa("run", "runs", docs).out == asked.out != ""
+    text = Path(saved.out.strip()).read_text()
+    assert "top_p" not in text and "exclude" not in text  # nothing but what was said
+    again = nsa("ask", "who?", "--save-recipe", "runs")
+    assert again.code == 3 and "is there already" in again.err
+    assert nsa("ask", "who?", "--schema", "name", "--save-recipe", "schema").code == 0
+    assert "properties" in nsa("recipes", "show", "schema").out
+    for wrong in (("a b", "--save-recipe", "Bad Name"), (docs, "who?", "--save-recipe", "x"), ("--save-recipe", "x")):
+        assert nsa("ask", *wrong).code == 2
+    refused = nsa("ask", "what is {{ x }}?", "--save-recipe", "braces")
+    assert refused.code == 3 and "no parameter 'x'" in refused.err and not list(tmp_path.rglob("braces*"))

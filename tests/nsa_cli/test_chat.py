@@ -55,7 +55,7 @@ def test_what_is_in_the_cache_is_the_whole_conversation(tiny_checkpoint):
     tokenizer, model = checkpoint.tokenizer, checkpoint.model
     context = build_context([Document("a.txt", TEXT)], tokenizer)
     sampling = Sampling(max_tokens=9)
-    conversation = Conversation(checkpoint, context, Request(sampling, use_store=False), 4000)
+    conversation = Conversation(checkpoint, context, Request(sampling, store="off"), 4000)
     pieces: list[str] = []
     conversation.ask("who runs?", silent)
     second = conversation.ask("and who jumps?", pieces.append)
@@ -85,7 +85,7 @@ def test_a_conversation_that_is_full_says_so(nsa, text):
 def test_who_types_keeps_the_conversation_after_a_mistake(tiny_checkpoint, capsys, monkeypatch):
     checkpoint = Checkpoint(str(tiny_checkpoint))
     context = build_context([Document("a.txt", TEXT)], checkpoint.tokenizer)
-    request = Request(Sampling(max_tokens=200), use_store=False, max_context=len(context.ids) + 300)
+    request = Request(Sampling(max_tokens=200), store="off", max_context=len(context.ids) + 300)
     conversation = begin(checkpoint, context, request)
     chat(conversation, ["who runs?", "x " * 300, "/reset", "who runs?"], False, patient=True)
     out, err = capsys.readouterr()
@@ -110,6 +110,51 @@ def test_who_types_keeps_the_conversation_after_a_mistake(tiny_checkpoint, capsy
         chat(conversation, ["who runs?"], False, patient=False)
 
 
+def test_a_session_goes_on_where_it_was_and_a_copy_is_a_branch(nsa, text, tmp_path):
+    session, branch = tmp_path / "s.jsonl", tmp_path / "branch.jsonl"
+    once = replies(nsa("chat", text, *SHORT, "--json", stdin="who runs?\nand who jumps?\nwhy?\n"))
+    first = replies(nsa("chat", text, *SHORT, "--json", "--session", session, stdin="who runs?\n"))
+    run = nsa("chat", text, *SHORT, "--json", "--session", session, stdin="and who jumps?\n")
+    branch.write_bytes(session.read_bytes())
+    assert "going on after 1 questions; the last: who runs?" in run.err
+    third = replies(nsa("chat", text, *SHORT, "--json", "--session", session, stdin="why?\n"))
+    assert [r["answer"] for r in (*first, *replies(run), *third)] == [r["answer"] for r in once]
+    assert [r["usage"]["prompt_tokens"] for r in (*first, *replies(run), *third)] == [
+        r["usage"]["prompt_tokens"] for r in once
+    ]
+    turns = [json.loads(line) for line in session.read_text().splitlines()]
+    assert [(t["question"], t["answer"]) for t in turns] == list(
+        zip(("who runs?", "and who jumps?", "why?"), (r["answer"] for r in once), strict=True)
+    )
+    assert len(branch.read_text().splitlines()) == 2
+    assert nsa("chat", text, "--session", branch, "--max-context", 800, stdin="why?").code == 4
+
+
+def test_undo_takes_the_last_question_back(nsa, text, tmp_path):
+    session = tmp_path / "s.jsonl"
+    lines = "/undo\nwho runs?\nand who jumps?\n/undo\nand who jumps?\n/undo\n"
+    run = nsa("chat", text, *SHORT, "--json", "--session", session, stdin=lines)
+    _, second, again = replies(run)
+    assert second["answer"] == again["answer"] and second["usage"]["prompt_tokens"] == again["usage"]["prompt_tokens"]
+    assert "nothing to take back" in run.err and run.err.count("taken back: and who jumps?") == 2
+    assert [json.loads(line)["question"] for line in session.read_text().splitlines()] == ["who runs?"]
+    assert nsa("chat", text, "--session", session, stdin="/reset\n").code == 0 and session.read_text() == ""
+
+
+def test_a_turn_may_be_written_by_hand_and_nothing_else_is_one(nsa, text, tmp_path):
+    session = tmp_path / "s.jsonl"
+    changed = {"question": "who?", "answer": "the dog", "tokens": [1, 2]}
+    for turn in (changed, {"question": "who?", "answer": "the dog"}):
+        session.write_text(json.dumps(turn) + "\n\n")
+        (reply,) = replies(nsa("chat", text, *SHORT, "--json", "--session", session, stdin="and then?\n"))
+    assert json.loads(session.read_text().splitlines()[0])["answer"] == "the dog" and reply["answer"]
+    for wrong in ("{", "[]", "{}", '{"question": 1, "answer": ""}', '{"question": "a", "answer": "b", "tokens": 3}'):
+        session.write_text(json.dumps(changed) + "\n" + wrong)
+        run = nsa("chat", text, "--session", session, stdin="who?\n")
+        assert run.code == 3 and f"{session} line 2: not a turn" in run.err and run.err.count("\n") == 1
+        assert session.read_text().endswith(wrong)
+
+
 @pytest.mark.parametrize(("args", "code"), [((), 2), (("-",), 2), (("nowhere",), 3)])
 def test_what_is_refused(nsa, args, code):
     assert nsa("chat", *args, stdin="who?").code == code
@@ -126,7 +171,7 @@ def test_at_a_terminal_it_prompts(text, tiny_checkpoint, tmp_path):
         os.write(parent, b"who runs?\n/quit\n")
         err = process.stderr.read().decode()
     assert process.returncode == 0, err
-    assert b"> " in os.read(parent, 10_000) and "tokens read; /reset begins" in err
+    assert b"> " in os.read(parent, 10_000) and "tokens read; /undo takes" in err
 
 
 def test_ctrl_d_ends_it(monkeypatch):

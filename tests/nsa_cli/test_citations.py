@@ -29,7 +29,7 @@ def context(tokenizer):
         ('It says "The harbour was closed."', ("verbatim", "log/day.txt", 1, 1)),
         ("It says “the great one — went out”.", ("verbatim", "log/day.txt", 2, 3)),
         ("It says «Ada Brill's lamp - the great», yes", ("similar", "log/day.txt", 2, 2)),
-        ("It says \"went out at 'dusk'. Nobody\"", ("missing", None, None, None)),
+        ("It says \"went out at 'dusk'. Nobody\"", ("repaired", "log/day.txt", 3, 4)),
         ("> Nobody came.\n> x = 1", ("missing", None, None, None)),
         ("> The harbour\n> was closed.\n", ("verbatim", "log/day.txt", 1, 1)),
         ('It says "the harbour was open".', ("missing", None, None, None)),
@@ -44,7 +44,8 @@ def context(tokenizer):
 def test_what_is_found_and_where(context, answer, expected):
     (found,) = check_citations(answer, context)
     assert (found.status, found.path, found.start, found.end) == expected
-    assert found.found == (expected[1] is not None) and (found.path or "not in the text" in str(found))
+    assert found.found == (found.status in ("verbatim", "similar", "exists"))
+    assert found.path or "not in the text" in str(found)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,39 @@ def test_what_is_found_and_where(context, answer, expected):
 )
 def test_what_quotes_nothing(context, answer):
     assert check_citations(answer, context) == []
+
+
+@pytest.mark.parametrize(
+    ("quote", "repaired"),
+    [
+        ("Ada Brill’s lamp, the great one, went off", "Ada Brill’s lamp — the great one — went"),
+        ("Ada Brill’s lamp, a great one, went off", None),  # 6 of 8 words
+        ("Ada Brill’s big lamp — the great one — went out", "Ada Brill’s lamp — the great one — went out"),
+        ("Ada's lamp — the great one — went out at “dusk”.", "lamp — the great one — went out at “dusk”."),
+        ("the harbour was shut. Ada Brill's lamp", "The harbour was closed. Ada Brill’s lamp"),
+        ("lamp Brill’s Ada — one great the — out went", None),
+    ],
+)
+def test_a_quote_with_other_words_is_repaired(context, quote, repaired):
+    (found,) = check_citations(f"“{quote}”" if "“" not in quote else f"> {quote}", context)
+    assert (found.status, found.repaired) == ("repaired" if repaired else "missing", repaired)
+    assert not found.found and (not repaired or f'says "{repaired}", not "{quote}"' in str(found))
+
+
+@given(st.integers(0, 30), st.integers(10, 20), st.data())
+def test_a_long_quote_with_one_wrong_word_is_repaired_where_it_stands(tokenizer_text, start, length, data):
+    context, words = tokenizer_text
+    quote = words[start : start + length]
+    at = data.draw(st.integers(1, length - 2))
+    said = " ".join([*quote[:at], "zebra", *quote[at + data.draw(st.integers(0, 1)) :]])
+    (found,) = check_citations(f'"{said}"', context)
+    assert (found.status, found.repaired) == ("repaired", " ".join(quote))
+
+
+@pytest.fixture(scope="module")
+def tokenizer_text(tokenizer):
+    words = [f"w{i * 7919 % 97}x{i}" for i in range(60)]
+    return build_context([Document("a.txt", "\n".join(words) + "\n")], tokenizer), words
 
 
 def test_citations_come_in_the_answers_order(context):
@@ -95,7 +129,7 @@ def test_strict_fails_where_the_text_does_not_hold_a_quote(nsa, tmp_path, monkey
 
         def generate(checkpoint, cache, logits, request, tell, said=said):
             tell(said)
-            return said, [1], "stop"
+            return said, [1], "stop", 0.0
 
         monkeypatch.setattr("nsa_cli.answer.generate", generate)
         run = nsa("ask", tmp_path / "a.txt", "what?", "--strict")

@@ -3,9 +3,12 @@
 import importlib.util
 import json
 import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,6 +22,7 @@ NEEDS_RAY = pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed; pip in
 @pytest.fixture
 def jobs(tmp_path, monkeypatch) -> list[dict]:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into the home directory
     for i in range(4):
         Path(f"{i}.txt").write_text(
             "".join(f"line {k} of {i}: the quick fox jumps over dog {k * i}\n" for k in range(30))
@@ -86,6 +90,41 @@ raise SystemExit(run(["batch", "jobs", "-o", "out", "--engine", "ray", "--worker
     records = [json.loads(line) for line in Path("out").read_text().splitlines()]
     assert run.returncode == 7 and "1 of 8 jobs failed; the first, 5: 3 workers died" in run.stderr, run.stderr
     assert [record.get("answer") for record in records] == [None if i == 5 else f"{i % 4}.txt" for i in range(8)]
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A running cluster that asks for a token: its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
+    ray += ["--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats"]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with (
+        tempfile.TemporaryDirectory(prefix="ray") as folder,  # tmp_path is too long for its sockets
+        subprocess.Popen([*ray, f"--temp-dir={folder}"], **quiet) as head,
+    ):
+        while head.poll() is None and not listens(port):
+            time.sleep(0.1)
+        yield f"127.0.0.1:{port}"
+        head.terminate()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@NEEDS_RAY
+def test_a_running_cluster_writes_the_same(nsa, jobs, cluster):
+    options = ["--reproducible", "--max-tokens", "4", "--threads", "1"]
+    assert nsa("batch", "jobs", "-o", "local", *options).code == 7
+    command = [sys.executable, "-m", "nsa_cli", "batch", "jobs", "-o", "ray", "--engine", "ray", "--address", cluster]
+    run = subprocess.run([*command, *options, "--workers", "2"], capture_output=True, text=True)
+    assert run.returncode == 7 and "2 workers, 1 threads each, on 1 machines" in run.stderr, run.stderr
+    assert Path("ray").read_bytes() == Path("local").read_bytes()
 
 
 @NEEDS_RAY

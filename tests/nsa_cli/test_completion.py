@@ -35,7 +35,9 @@ def completed(words: list[str], environment: dict[str, str], tmp_path: Path) -> 
     ("words", "offered"),
     [
         (["nsa", "comp"], ["completion"]),
-        (["nsa", "cache", "''"], ["ls", "path", "rm"]),
+        (["nsa", "cache", "p"], ["path", "prune"]),
+        (["nsa", "run", "code"], ["code-review"]),
+        (["nsa", "recipes", "show", "time"], ["timeline"]),
         (["nsa", "ask", "--max-t"], ["--max-tokens"]),
         (["nsa", "ask", "-m", "''"], ["other", "tiny"]),
         (["nsa", "models", "check", "ti"], ["tiny"]),

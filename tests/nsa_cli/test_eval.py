@@ -8,19 +8,12 @@ import pytest
 import torch
 
 from nsa_models import Cache, load_model, load_tokenizer
-from nsa_models.evaluate import perplexity, share
-from nsa_models.training.tasks import Task
+from nsa_models.evaluate import Reader, perplexity, share
+from nsa_models.training.tasks import Task, is_right, short_tasks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ALL = [part for name in ("full", "nsa", "h2o", "quest", "streaming") for part in ("--attention", name)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Operations this small are slower on two, the more so beside other programs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -66,6 +59,20 @@ def test_json_has_every_reply_and_a_map_is_drawn(nsa, text, tmp_path):
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_short_questions_need_no_text(nsa):
+    run = nsa("eval", "--task", "short", "--text", "nowhere", "--attention", "nsa", "--json")
+    assert run.code == 0, run.err
+    (result,) = json.loads(run.out)["results"]
+    assert result["samples"] == 50 and result["value"] == 0 and result["trials"][0]["answer"] == "Paris"
+    assert all(t["reply"] and t["tokens"] < 200 for t in result["trials"])
+
+
+def test_short_questions_are_judged_by_their_facts():
+    tasks = short_tasks()
+    assert len({task.question for task in tasks}) == 50
+    assert all(task.facts and is_right(task, task.answer) and not is_right(task, "I do not know.") for task in tasks)
+
+
 def test_perplexity_is_that_of_the_logits(tiny_checkpoint, text):
     model, tokenizer = load_model(tiny_checkpoint, "cpu", torch.float32), load_tokenizer(tiny_checkpoint)
     ids = tokenizer.encode((text / "part0.py").read_text())[:400]
@@ -76,9 +83,23 @@ def test_perplexity_is_that_of_the_logits(tiny_checkpoint, text):
     loss = torch.nn.functional.cross_entropy(logits(ids[:200])[:-1], torch.tensor(ids[1:200]))
     got = perplexity(model, ids, 200, "nsa")
     assert math.isclose(got.value, math.exp(loss), rel_tol=1e-4) and got.low < got.value < got.high
-    two = perplexity(model, ids, 200, "nsa", windows=5)
+    two = perplexity(model, ids, 200, "nsa", 5)
     second = torch.nn.functional.cross_entropy(logits(ids[200:400])[:-1], torch.tensor(ids[201:400]))
     assert two.samples == 2 and math.isclose(two.value, math.exp((loss + second) / 2), rel_tol=1e-4)
+
+
+def test_perplexity_by_length_is_of_the_same_tokens(tiny_checkpoint, text):
+    """The last 79 tokens of each window, after 121 others and after one."""
+    model, tokenizer = load_model(tiny_checkpoint, "cpu", torch.float32), load_tokenizer(tiny_checkpoint)
+    ids = tokenizer.encode((text / "part0.py").read_text())[:400]
+    for length in (200, 80):
+        losses = []
+        for end in (200, 400):
+            read = torch.tensor(ids[end - length : end])
+            logits = model.logits(model.advance(read, Cache.for_model(model, length)))
+            losses.append(torch.nn.functional.cross_entropy(logits[-80:-1], read[-79:]))
+        got = perplexity(model, ids, length, "nsa", 2, longest=200, scored=79)
+        assert math.isclose(got.value, math.exp(sum(losses) / 2), rel_tol=1e-4) and got.samples == 2
 
 
 def test_the_tiny_model_reads_alike_where_all_is_read(tiny_checkpoint, text):
@@ -89,12 +110,23 @@ def test_the_tiny_model_reads_alike_where_all_is_read(tiny_checkpoint, text):
         assert math.isclose(perplexity(model, ids, 120, attention).value, full, rel_tol=1e-3)
 
 
+@pytest.mark.parametrize("attention", ["h2o", "quest", "streaming"])
+def test_replies_are_alike_where_all_is_read(tiny_checkpoint, attention):
+    """The engine's decoding and the comparators' are two paths to the same tokens."""
+    model = load_model(tiny_checkpoint, "cpu", torch.float32)
+    ids = torch.randint(300, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+    full, other = (Reader(model, name, 80).generate(ids, 12, ends=()) for name in ("full", attention))
+    assert len(full) == 12 and other == full
+    for name in ("full", attention):
+        assert Reader(model, name, 80).generate(ids, 12, ends=full[3:4]) == full[: full.index(full[3])]
+
+
 def test_wilsons_interval():
     """9 of 10: [0.5958, 0.9821] (Wilson 1927, z = 1.96)."""
     from nsa_models.evaluate import Trial
 
     task = Task("needle", (), "", "", (), 0.0, "")
-    trials = [Trial(task, 1, 1, 0.5, "", i > 0) for i in range(10)]
+    trials = [Trial(task, 1, 0.5, "", i > 0) for i in range(10)]
     got = share(trials)
     assert got.value == 0.9 and abs(got.low - 0.5958) < 1e-3 and abs(got.high - 0.9821) < 1e-3
     assert share([]).samples == 0
@@ -105,13 +137,21 @@ def test_wilsons_interval():
     [
         (["--lengths", "64k"], 4, "64,000 tokens are more than the 32,768"),
         (["--text", "nowhere"], 3, "no such file or directory: nowhere"),
+        (["--lengths", "1,64"], 3, "--lengths begins at 2"),
         (["--task", "neddle"], 2, "neddle"),
         (["--attention", "h20"], 2, "h20"),
+        (["--task", "perplexity", "--heat-map", "map.png"], 2, "--heat-map needs a --task with depths"),
     ],
 )
 def test_mistakes(nsa, text, arguments, code, words):
     run = nsa("eval", "--text", text, *arguments)
     assert run.code == code and words in run.err and "Traceback" not in run.err
+
+
+def test_no_text_at_all(nsa, tmp_path):
+    (tmp_path / "blank.jsonl").write_text('{"path": "a", "text": " "}\n')
+    run = nsa("eval", "--text", tmp_path / "blank.jsonl")
+    assert run.code == 3 and "no text to read" in run.err and "Traceback" not in run.err
 
 
 def test_a_text_that_is_too_short(nsa, text):

@@ -5,7 +5,7 @@ import pytest
 from nsa_cli.context import build_context
 from nsa_cli.documents import Document
 from nsa_cli.documents.document import Part
-from nsa_cli.evidence import Evidence, find_evidence
+from nsa_cli.evidence import Evidence, counted_tokens, find_evidence
 from nsa_models import NSAConfig
 from nsa_models.retrieval import RetrievalMass
 
@@ -74,6 +74,13 @@ def test_the_best_come_first_and_no_more_than_asked_for():
     assert find_evidence(retrieval, context, 0, 0) == []
 
 
+def test_neighbours_that_are_one_place_leave_room_for_others():
+    context = context_of(LINES * 60)
+    found = find_evidence(mass_of(30, {3: 90, 4: 80, 5: 70, 11: 50, 15: 40, 19: 30}), context, 0, 3)
+    assert [round(e.lift, 1) for e in found] == [9.0, 5.0, 4.0]
+    assert found[0].end - found[0].start >= 5  # three blocks of two lines
+
+
 def test_neighbours_in_a_file_are_one_place_and_files_are_kept_apart():
     context = context_of(LINES * 8, LINES * 8)  # about 300 tokens each; the listing takes less than a block
     last_of_a, first_of_b = context.files[0].stop // BLOCK, context.files[1].start // BLOCK
@@ -100,3 +107,25 @@ def test_what_chance_gives_is_no_evidence():
     (found,) = find_evidence(mass_of(30, {4: 21}), context, 0, 5)
     assert found.lift == pytest.approx(2.1)
     assert find_evidence(RetrievalMass(CONFIG, 30 * BLOCK), context, 0, 5) == []  # nothing was asked
+
+
+@pytest.mark.parametrize(
+    ("question", "counted"),
+    [
+        ("What does| f|_x| do|?", " f|_x"),
+        ("Where| is| the| harbour|, and| who| keeps| it|?", " harbour| keeps"),
+        ("wo ist| der| Hafen|?", "wo ist| der| Hafen"),
+        ("\u6771|\u4eac|?", "\u6771|\u4eac"),
+        ("What| is| it|?", "What| is| it|?"),  # nothing else to go by
+        ("", ""),
+    ],
+)
+def test_words_that_every_question_has_do_not_count(question: str, counted: str):
+    tokens = question.split("|") if question else []
+    starts = [sum(map(len, tokens[:i])) for i in range(len(tokens))]
+    found = counted_tokens("".join(tokens), starts)
+    assert "|".join(t for t, c in zip(tokens, found, strict=True) if c) == counted
+
+
+def test_all_bytes_of_a_character_count():
+    assert counted_tokens("a \u6771!", [0, 2, 2, 2, 3]) == [False, True, True, True, False]

@@ -66,13 +66,41 @@ class TestLs:
 class TestShow:
     def test_config_and_card(self, nsa, installed) -> None:
         run = nsa("models", "show", "tiny")
-        assert run.code == 0 and json.loads(run.out)["select_count"] == 4
+        about = json.loads(nsa("models", "show", "tiny", "--json").out)
+        assert run.code == 0 and json.loads(run.out[run.out.index("{") :]) == about["config"]
+        assert about["config"]["select_count"] == 4
+        assert (about["context"], about["read_per_step"]) == (32768, 2047 + 4 * 64 + 64)
+        assert "32,768 tokens of context, of which a step reads 2,367 at most" in run.out
         (installed / "MODEL_CARD.md").write_text("# Tiny\n")
         assert nsa("models", "show", installed).out.endswith("}\n\n# Tiny\n")
 
     def test_none(self, nsa, data) -> None:
         fails(nsa("models", "show"), 5, f"model {BUILTIN} is not installed; run: nsa models install")
         fails(nsa("models", "show", "tinny"), 5, "no checkpoint tinny")
+
+
+class TestAdd:
+    def test_a_name_for_a_checkpoint_elsewhere(self, nsa, data, tiny_checkpoint, tmp_path) -> None:
+        (tmp_path / "a.txt").write_text("the quick fox\n")
+        ask = ("ask", tmp_path / "a.txt", "who?", "--max-tokens", 5, "-m")
+        fails(nsa(*ask, "mine"), 5, "no checkpoint mine")
+        assert nsa("models", "add", tiny_checkpoint, "--name", "mine").code == 0
+        assert nsa(*ask, "mine").out == nsa(*ask, tiny_checkpoint).out != ""
+        assert "mine  32,768 tokens" in nsa("models", "ls").out
+        fails(nsa("models", "add", tiny_checkpoint, "--name", "mine"), 3, "there is a model mine")
+        assert nsa("models", "rm", "mine").code == 0 and (tiny_checkpoint / "config.json").exists()
+        assert nsa("models", "add", tiny_checkpoint).err == f"tiny is {tiny_checkpoint}\n"
+
+    def test_what_is_no_checkpoint_or_no_name(self, nsa, data, tiny_checkpoint, tmp_path) -> None:
+        fails(nsa("models", "add", tmp_path, "--name", "a"), 5, "config.json")
+        for name in ("../a", "a/b", ".a", ""):
+            assert nsa("models", "add", tiny_checkpoint, "--name", name).code == 2
+            assert nsa("models", "rm", name).code == 3
+        fails(nsa("models", "add", tmp_path / "nowhere"), 5, "nowhere")
+
+    def test_an_installed_one_is_removed_whole(self, nsa, installed) -> None:
+        assert nsa("models", "rm", "tiny").code == 0 and not installed.exists()
+        fails(nsa("models", "rm", "tiny"), 3, "no installed model 'tiny'")
 
 
 class TestCheck:

@@ -32,6 +32,9 @@ steps:
   - {id: notes, over: shard, prompt: "{{ count }} things about {{about}}, {{ share }}, {{ loud }}"}
   - {id: report, from: [notes], prompt: Report., system: Be brief., generate: {max_tokens: 9}, schema: "name, age int"}
 expect: {min_words: 1, contains: ["{{ about }}"], citations: {min: 1, verified: 0.5}}
+examples:
+  - {text: A short one., params: {about: a, count: 4}, expect: {max_words: 9, matches: "[a-z]"}}
+  - {paths: [docs], params: {about: b}}
 """
 
 
@@ -54,6 +57,10 @@ def test_a_good_recipe_is_read_whole(tmp_path):
     assert [p.name for p in recipe.params] == ["tone", "count", "share", "loud", "about"]
     assert recipe.params[-1].default is None and recipe.params[3].default is False
     assert (recipe.max_context, recipe.evidence, recipe.around) == (4000, 2, 2)
+    assert [(e.text, e.paths, e.params, e.expect) for e in recipe.examples] == [
+        ("A short one.", (), {"about": "a", "count": 4}, {"max_words": 9, "matches": "[a-z]"}),
+        (None, ("docs",), {"about": "b"}, {}),
+    ]
     notes, report = recipe.steps
     assert recipe.generate == {"max_tokens": 20, "temperature": 0.5, "stop": ["END"]}
     assert (notes.generate, report.generate) == ({}, {"max_tokens": 9})
@@ -70,6 +77,13 @@ def test_a_good_recipe_is_read_whole(tmp_path):
             12,
             "unknown key 'generate.max_token'; did you mean 'max_tokens'",
         ),
+        ("params: {about: a, count: 4}", "params: {abuot: a}", 18, "no parameter 'abuot'; did you mean 'about'?"),
+        ("params: {about: a, count: 4}", "params: {about: a, count: x}", 18, "parameter count must be of type int"),
+        ("params: {about: a, count: 4}, ", "", 18, "parameter about is required"),
+        ("text: A short one.", "paths: [a], text: b", 18, "an example needs either text or paths"),
+        ("paths: [docs], ", "", 19, "an example needs either text or paths"),
+        ('matches: "[a-z]"', 'matches: "[a-z"', 18, "is not a regular expression"),
+        ("max_words: 9", "max_word: 9", 18, "unknown key 'examples[0].expect.max_word'; did you mean 'max_words'?"),
         ("expect:", "expects:", 16, "unknown key 'expects'; did you mean 'expect'?"),
         ("over: shard", "ovr: shard", 14, "unknown key 'steps[0].ovr'; did you mean 'over'?"),
         ("over: shard", "over: chapters", 14, "did you mean 'chapter'?"),
@@ -105,7 +119,7 @@ def test_what_is_wrong_is_said_with_its_line(tmp_path, old, new, line, says):
 
 
 def test_every_problem_is_found_at_once_and_the_first_is_raised(tmp_path):
-    path = write(tmp_path, GOOD.replace("over:", "ovr:").replace("expect:", "expects:"))
+    path = write(tmp_path, GOOD.replace("over:", "ovr:").replace("\nexpect:", "\nexpects:"))
     assert len(read_recipe(path)[1]) == 2
     with pytest.raises(InputError, match=r"mine.yaml:14: unknown key .*; 1 more: nsa recipes validate"):
         load_recipe(path)
@@ -260,11 +274,73 @@ def test_ls_show_path_new_and_validate(nsa, tmp_path):
     assert nsa("recipes", "path", "code-review").out == f"{builtin_dir() / 'code-review.yaml'}\n"
     assert nsa("recipes", "validate").out.count(": ok\n") == 2
 
-    bad = write(folder, GOOD.replace("mine", "bad").replace("over:", "ovr:").replace("expect:", "expects:"), "bad")
+    bad = write(folder, GOOD.replace("mine", "bad").replace("over:", "ovr:").replace("\nexpect:", "\nexpects:"), "bad")
     run = nsa("recipes", "validate", "bad", "my-review")
     assert run.code == 6 and run.err == "nsa: 1 of 2 recipes cannot be used\n"
     assert [line.split(":")[1] for line in run.out.splitlines() if str(bad) in line] == ["14", "16"]
     assert "bad" in nsa("recipes", "ls").out and "unusable: " in nsa("run", "--help").out
+
+
+def test_edit_copies_a_built_in_recipe_and_checks_what_was_written(nsa, tmp_path, monkeypatch):
+    own = tmp_path / "config" / "recipes" / "changelog.yaml"
+    monkeypatch.setenv("VISUAL", "true")
+    assert nsa("recipes", "edit", "changelog") == (0, "", "nsa: nothing was changed\n")
+    assert not own.exists()
+    monkeypatch.setenv("VISUAL", "sed -i 's/^description:.*/description: Mine./'")
+    assert nsa("recipes", "edit", "changelog") == (0, f"{own}\n", "")
+    assert load_recipe("changelog").description == "Mine."
+    monkeypatch.setenv("VISUAL", "sed -i 's/^description:/descripton:/'")
+    run = nsa("recipes", "edit", "changelog")
+    assert (run.code, run.out) == (6, f"{own}\n") and "did you mean 'description'?" in run.err
+    monkeypatch.setenv("VISUAL", "sed -i 's/^name:.*/]/'")
+    run = nsa("recipes", "edit", "changelog")
+    assert run.code == 6 and "not YAML" in run.err  # and can be mended
+    monkeypatch.setenv("VISUAL", "no-such-editor")
+    run = nsa("recipes", "edit", "changelog")
+    assert run.code == 1 and run.err.startswith("nsa: no-such-editor: Editing failed")
+
+
+TRIED = """
+name: tried
+description: Try.
+params: {what: {type: string, default: dogs, help: What.}}
+generate: {max_tokens: 6}
+steps: [{id: all, prompt: "How many {{ what }}?"}]
+expect: {min_words: 1}
+examples:
+  - {text: the lazy dog runs, expect: {max_words: 60}}
+  - {paths: [docs], params: {what: foxes}, expect: {contains: [no such word], max_words: 0}}
+"""
+
+
+def test_a_recipe_is_tried_on_its_examples(nsa, tmp_path):
+    path = write(tmp_path, TRIED, "tried")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.txt").write_text("the quick fox\n")
+    run = nsa("recipes", "test", path, "-q")
+    assert run.code == 6 and run.err == "nsa: recipe tried: 1 of 2 examples failed\n"
+    first, second = run.out.splitlines()
+    assert first == "1: ok" and second == "2: 3 words, at most 0 expected; 'no such word' is not in the answer"
+    rows = [json.loads(line) for line in nsa("recipes", "test", path, "--json").out.splitlines()]
+    assert [len(row["failed"]) for row in rows] == [0, 2]
+    alone = nsa("run", path, tmp_path / "docs", "--what", "foxes").out
+    assert rows[1]["answer"] + "\n" == alone
+    write(tmp_path, TRIED.replace("contains: [no such word], max_words: 0", "min_words: 1"), "tried")
+    assert nsa("recipes", "test", path, "-q") == (0, "1: ok\n2: ok\n", "")
+    (tmp_path / "docs" / "a.txt").unlink()
+    assert nsa("recipes", "test", path, "-q").code == 3
+    write(tmp_path, TRIED.partition("examples:")[0], "tried")
+    run = nsa("recipes", "test", path, "-q")
+    assert run.code == 3 and "has no examples" in run.err
+
+
+def test_an_example_whose_answer_is_not_of_its_schema_fails(nsa, tmp_path):
+    step = '[{id: all, prompt: "Who?", schema: {type: string, minLength: 90}}]'
+    path = write(tmp_path, TRIED.replace('[{id: all, prompt: "How many {{ what }}?"}]', step), "tried")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.txt").write_text("the quick fox\n")
+    run = nsa("recipes", "test", path, "-q")
+    assert run.code == 6 and run.out.count("the JSON was cut at 6 tokens") == 2
 
 
 def test_a_new_recipe_is_valid_and_names_an_existing_schema(tmp_path):

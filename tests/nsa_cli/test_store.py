@@ -23,32 +23,14 @@ from nsa_models import Cache, NSAConfig, Sampling, decode, prefill
 from nsa_models.config import RopeScaling
 from nsa_models.errors import InputError
 from nsa_models.transformer import NSAModel
+from tests.models import tiny
 
-CONFIG = NSAConfig(
-    vocab_size=97,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=8,
-    intermediate_size=48,
-    max_position_embeddings=8192,
-    compress_block=8,
-    compress_stride=4,
-    select_block=16,
-    select_count=4,
-    window=32,
-)
+CONFIG = replace(tiny.CONFIG, max_position_embeddings=8192, gate_bias=False)
 PAPER = replace(CONFIG, branch_kv=True, compress_kind="mlp", compress_positions=True, compress_rope="after")
 
 
 def random_model(config: NSAConfig = CONFIG, seed: int = 0) -> NSAModel:
-    model = NSAModel(config)
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        p.normal_(0, 0.3, generator=generator)
-        if "norm" in name:
-            p.add_(1)
+    model = tiny.random_model(config, seed=seed)
     model.fingerprint = f"weights {seed}"
     return model
 
@@ -375,11 +357,56 @@ def test_cache_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     records = [json.loads(line) for line in run(command, ["ls", "--json"]).stdout.splitlines()]
     assert [r["tokens"] for r in records] == [192, 128, 64]
     assert records[0].keys() == {"schema_version", "id", "tokens", "bytes", "created", "used", "model"}
+    shown = json.loads(run(command, ["show", records[0]["id"][:10], "--json"]).stdout)
+    assert records[0].items() <= shown.items() and Path(shown["path"]).is_dir() and shown["capacity"] >= 192 + SLACK
+    assert "tokens       192\n" in run(command, ["show", records[0]["id"]]).stdout
     assert run(command, ["rm", records[0]["id"][:10]]).exit_code == 0
     assert [e.tokens for e in store.entries()] == [128, 64]
     assert run(command, ["rm"]).exit_code == run(command, ["rm", "--all", "ab"]).exit_code == 2
     assert run(command, ["rm", "--all"]).exit_code == 0
     assert store.entries() == []
+
+
+def test_the_stored_text_can_be_read(nsa, tmp_path: Path) -> None:
+    text = "the quick brown fox é jumps\n" * 30
+    (tmp_path / "a.txt").write_text(text)
+    assert nsa("ask", tmp_path / "a.txt", "who?", "--max-tokens", 1).code == 0
+    (entry,) = Store(tmp_path / "store").entries()
+    shown = nsa("cache", "show", entry.id[:6], "--text", "-m", os.environ["NSA_MODEL"])
+    assert shown.out.startswith("<|im_start|>user\n") and shown.out[-200:] in text and shown.code == 0
+    assert nsa("cache", "show", entry.id[:6], "--text").code == 5  # a directory's name is no installed model
+
+
+def test_verify_finds_what_a_disk_has_damaged(nsa, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    for seed in (1, 2, 3):
+        keep(store, random_model(), random_ids(64, seed))
+    run = nsa("cache", "verify")
+    assert (run.code, run.out.count("  ok\n"), run.err) == (0, 3, "")
+    whole, kv, ids = store.entries()
+    for file in (kv.path / "kv", ids.path / "ids"):
+        data = bytearray(file.read_bytes())
+        data[11] ^= 1
+        file.write_bytes(data)
+    run = nsa("cache", "verify", "--remove")
+    assert run.code == 5 and f"{kv.id[:12]}  its keys and values" in run.out and f"{ids.id[:12]}  its tokens" in run.out
+    assert run.err == "nsa: 2 of 3 stored contexts are damaged; removed\n"
+    assert [entry.id for entry in store.entries()] == [whole.id]
+
+
+def test_prune_keeps_what_was_used_last(nsa, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    for seed in range(4):
+        keep(store, random_model(), random_ids(64, seed))
+    for age, entry in enumerate(store.entries()):
+        os.utime(entry.path / "entry.json", (time.time() - age * 3600 - 60,) * 2)
+    kept = store.entries()
+    assert nsa("cache", "prune", "--unused", "2.5h").code == 0
+    assert store.entries() == kept[:3]
+    assert nsa("cache", "prune", "--max-size", kept[0].bytes + kept[1].bytes).code == 0
+    assert store.entries() == kept[:2]
+    assert nsa("cache", "prune", "--max-size", 1, "--unused", "1d").err.startswith("removed 2, ")
+    assert nsa("cache", "prune").code == nsa("cache", "prune", "--unused", "soon").code == 2
 
 
 def test_removing_an_unknown_or_ambiguous_id_is_an_input_error(store: Store) -> None:

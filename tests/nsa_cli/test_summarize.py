@@ -46,7 +46,7 @@ def test_longer_text_is_summarized_in_parts_and_says_so(nsa, book):
     run = nsa("summarize", book, *SMALL, "--json")
     reply = summary_of(run)
     n = reply["shards"]
-    assert n > 2 and f"summarizing {n} parts" in run.err
+    assert n > 2 and f"reading {n} parts" in run.err
     assert all(f"nsa: part {i} of {n}, " in run.err for i in range(1, n + 1))
     whole = summary_of(nsa("summarize", book, "--max-tokens", 40, "--json"))["usage"]["prompt_tokens"]
     assert reply["usage"]["prompt_tokens"] > whole

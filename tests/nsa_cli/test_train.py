@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -14,16 +16,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from nsa_models.training.config import read_train_config
+from nsa_models.training.kinds import KINDS
+from nsa_models.training.sources import SOURCES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WORDS = ("the", "boat", "left", "harbour", "at", "dawn", "and", "keeper", "lit", "a", "lamp", "while", "rain", "fell")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Operations this small are slower on two, the more so beside other programs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -142,6 +141,37 @@ def test_a_delta_is_what_changed(run_folder, tiny_checkpoint, nsa):
         torch.testing.assert_close(merged[name], got[name], rtol=1e-2, atol=1e-2)  # the delta is bfloat16
 
 
+def test_the_shipped_delta_in_slices(run_folder, tiny_checkpoint, nsa):
+    """`nsa train delta` as it is, but for a tiny model, texts of the test and a 128th of its lengths, a step each."""
+    from nsa_models import load_model
+    from nsa_models.training.student import float_weights
+
+    shipped = yaml.safe_load((files("nsa_models") / "training" / "configs" / "delta.yaml").read_text("utf-8"))
+    for stage in shipped["curriculum"]:
+        stage |= {name: stage[name] // 128 for name in ("length", "batch_tokens") if name in stage} | {"steps": 1}
+    shipped["data"]["texts"] = [{"path": str(run_folder / "texts")}]
+    shipped |= {"model": str(tiny_checkpoint), "out": str(run_folder / "run")}
+    (run_folder / "run.yaml").write_text(yaml.safe_dump(shipped))
+    for step in (1, 2, 3):
+        slice_ = nsa("train", run_folder / "run.yaml", "--minutes", 1e-9)
+        assert slice_.code == 0 and f"stopped after step {step} of 4" in slice_.err
+    assert nsa("train", run_folder / "run.yaml", "--minutes", 9).code == 0
+    assert [r["length"] for r in metrics(run_folder)] == [32, 128, 256, 1024]
+    start, got = float_weights(load_model(tiny_checkpoint, "cpu", torch.float32)), outcome(run_folder)
+    changed = {name for name in start if not torch.equal(start[name], got[name])}
+    assert any("q_proj" in name for name in changed) and not any("g_proj" in name for name in changed)
+    assert (run_folder / "run" / "delta.safetensors").is_file()
+    assert nsa("models", "check", run_folder / "run" / "checkpoint").code == 0
+
+
+def test_the_readmes_config_is_one(tmp_path):
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    (block,) = re.findall(r"^```yaml\n(# run.yaml.*?)^```$", readme, re.M | re.S)
+    (tmp_path / "run.yaml").write_text(block)
+    plan = read_train_config(tmp_path / "run.yaml")
+    assert plan.steps == 300 and set(plan.data.tasks) <= set(KINDS) and plan.data.texts[0].source in SOURCES
+
+
 def test_a_new_model(run_folder, tiny_checkpoint, nsa):
     shape = dict(hidden_size=16, num_hidden_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=24)
     config(run_folder, tiny_checkpoint, model=None, fresh=shape, tokenizer=str(tiny_checkpoint))
@@ -160,6 +190,7 @@ def test_a_new_model(run_folder, tiny_checkpoint, nsa):
         ({"curriculum": [{"steps": 1, "length": 99999}]}, "the model is made for 32,768"),
         ({"data": {"texts": []}}, "no data"),
         ({"data": {"texts": [{"path": "nowhere.txt"}]}}, "no such file or directory: nowhere.txt"),
+        ({"data": {"texts": [{"path": "/dev/null/x.jsonl"}]}}, "/dev/null/x.jsonl: Not a directory"),
         ({"data": {"texts": [{"source": "jinja2"}]}}, "jinja2 is held out for evaluation"),
         ({"data": {"texts": [{"source": "wikipedia"}]}}, "no source 'wikipedia'"),
         ({"model": "nowhere"}, "no checkpoint nowhere"),
@@ -238,10 +269,10 @@ def test_interrupts_save_the_step_at_hand(run_folder, nsa, monkeypatch):
 
     advance = Trainer.advance
 
-    def interrupted(self):
+    def interrupted(self, batches):
         if self.step == 2:
             signal.raise_signal(signal.SIGINT)
-        return advance(self)
+        return advance(self, batches)
 
     monkeypatch.setattr(Trainer, "advance", interrupted)
     run = nsa("train", run_folder / "run.yaml")
@@ -264,4 +295,9 @@ def test_two_processes_train_one_model(run_folder, tiny_checkpoint):
 def test_sources_are_listed_with_their_licences(nsa):
     run = nsa("train", "--sources")
     assert run.code == 0
-    assert "psutil" in run.out and "BSD-3-Clause  held out" in run.out and "config gates" in run.out
+    assert (
+        "psutil" in run.out
+        and "BSD-3-Clause  held out" in run.out
+        and "config gates\n" in run.out
+        and "config delta\n" in run.out
+    )

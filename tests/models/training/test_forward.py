@@ -1,27 +1,15 @@
 """The training forward computes what inference computes, and its gradients are right."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from nsa_models.config import NSAConfig, RopeScaling
+from nsa_models.config import RopeScaling
 from nsa_models.training.forward import hidden_states, output_logits
 from nsa_models.transformer import NSAModel
+from tests.models.tiny import CONFIG, random_model
 
-BASE = dict(
-    vocab_size=50,
-    hidden_size=24,
-    num_hidden_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    intermediate_size=32,
-    compress_block=8,
-    compress_stride=4,
-    select_block=16,
-    select_count=4,
-    window=12,
-    gate_bias=True,
-)
 VARIANTS = {
     "shared": {},
     "tied": dict(tie_word_embeddings=True, qkv_bias=True, v_head_dim=4),
@@ -34,20 +22,14 @@ VARIANTS = {
 
 
 def model(dtype=torch.float64, **changes) -> NSAModel:
-    made = NSAModel(NSAConfig(**BASE | changes), dtype=dtype)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in made.named_parameters():
-        parameter.normal_(0, 0.3, generator=generator)
-        if "norm" in name:
-            parameter.add_(1)
-    return made
+    return random_model(replace(CONFIG, **changes), dtype)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_are_those_of_inference_sequence_by_sequence(name):
     inference = model(**VARIANTS[name])
     lengths = [111, 7, 1, 130]
-    ids = torch.randint(50, (sum(lengths),), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(97, (sum(lengths),), generator=torch.Generator().manual_seed(1))
     weights = inference.state_dict()
     hidden = hidden_states(inference.config, weights, ids, lengths, dtype=torch.float64)
     logits = output_logits(inference.config, weights, hidden).split(lengths)
@@ -59,7 +41,7 @@ def test_dense_is_inference_with_dense_attention():
     from nsa_models import Cache
 
     inference = model(select_count=3)
-    ids = torch.randint(50, (140,), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(97, (140,), generator=torch.Generator().manual_seed(1))
     cache = Cache(inference.config, 140, dtype=torch.float64)
     expected = inference.advance(ids, cache, dense=True)
     weights = inference.state_dict()
@@ -74,7 +56,7 @@ def test_gradients_are_those_of_finite_differences(name):
     """Selection is piecewise constant: away from a change of blocks the loss is smooth."""
     made = model(**VARIANTS[name])
     weights = {k: v.clone().requires_grad_() for k, v in made.state_dict().items()}
-    ids = torch.randint(50, (100,), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(97, (100,), generator=torch.Generator().manual_seed(2))
 
     def loss(weights) -> torch.Tensor:
         x = hidden_states(made.config, weights, ids, [60, 40], dtype=torch.float64)
@@ -92,7 +74,7 @@ def test_gradients_are_those_of_finite_differences(name):
 
 def test_recomputing_layers_changes_no_gradient():
     made = model(torch.float32)
-    ids = torch.randint(50, (96,), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(97, (96,), generator=torch.Generator().manual_seed(2))
 
     def gradients(recompute: bool) -> dict[str, torch.Tensor]:
         weights = {k: v.clone().requires_grad_() for k, v in made.state_dict().items()}
@@ -107,7 +89,7 @@ def test_recomputing_layers_changes_no_gradient():
 def test_gates_alone_learn():
     """Where nothing but a gate needs a gradient, it gets the one that it has among all."""
     made = model(torch.float32)
-    ids = torch.randint(50, (96,), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(97, (96,), generator=torch.Generator().manual_seed(2))
     gate = "model.layers.0.attn.g_proj.weight"
 
     def gradient(names) -> torch.Tensor:

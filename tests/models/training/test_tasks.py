@@ -9,17 +9,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsa_models.errors import InputError
+from nsa_models.text import Text
 from nsa_models.training.batch import Example, pack
 from nsa_models.training.config import Data, Stage, TrainConfig
 from nsa_models.training.data import Corpus, Layout, Mixture, make_task, read_corpus
-from nsa_models.training.tasks import ABSENT, KINDS, Task, Text, Unsuitable, is_right
+from nsa_models.training.kinds import KINDS
+from nsa_models.training.tasks import ABSENT, Task, Unsuitable, is_right
 
 CODE = '''class Lamp(Thing):
     def light_up(self, how_long: int = 3, *, colour="red") -> None:
-        """Light."""
+        """Light the lamp for that long and
+        watch it."""
 
-async def fetch_all(urls, limit):
-    return urls
+async def fetch_all(urls, limit) -> list[str]:
+    """Fetch every one of the urls, one by one.
+
+    Not the body.
+    """
+    if not urls:
+        raise ValueError("none")
+
+    if limit < 0:
+        raise LimitError
+    raise ValueError("again")
 
 
 def twice(a):
@@ -29,11 +41,35 @@ def twice(a):
 def twice(a, b):
     return b
 '''
+GUIDE = """# The Harbour
+
+The harbour lies to the north of the town. It is old.
+
+NAME
+    tide-table - print when the water is high
+
+Opening hours: 9 to 17
+Ferries a day: 4
+
+CHAPTER II. The Letter
+
+On Monday the keeper wrote a letter to the harbour office.
+Twice is no definition of this line, which is said again.
+
+Twice again
+-----------
+
+Twice is no definition of this line, which is said again.
+"""
 DOCUMENTS = (
     Text("a/notes.txt", "".join(f"note {i} about the sea\n" for i in range(40))),
     Text("b/lamp.py", CODE),
     Text("b/no_line_end.txt", "one\ntwo"),
+    Text("c/guide.md", GUIDE),
 )
+
+
+FOUND = ("defines", "takes", "returns", "raises", "summary", "chapter", "field")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -48,14 +84,20 @@ def test_a_task_is_true_of_its_documents(kind, seed, depth):
     whole = "".join(texts.values())
     if kind == "defines":
         assert task.facts == (path,) and re.search(rf"(def|class) {task.question.split()[3].rstrip('.')}\b", said)
-    elif kind == "takes":
+    elif kind in ("takes", "returns"):
         assert f"{task.facts[0]}" in said and "def " in said
+    elif kind in ("raises", "summary", "chapter", "field"):
+        assert all(fact in whole for fact in task.facts)
+        name = re.search(
+            r"function (\w+)|class (\w+)|section \"(.+?)\"|is ([\w-]+)\?|say \"(.+?)\"|of \"(.+?)\"", task.question
+        )
+        assert next(filter(None, name.groups())) in said
     elif kind == "absent":
         name = re.search(r"magic number of the ([a-z ]+)\?", task.question)[1]
         assert name not in whole and "magic number" in said
     else:
         assert all(whole.count(fact) >= 1 for fact in task.facts) and task.facts[0] in said
-    if depth is not None and kind not in ("defines", "takes"):
+    if depth is not None and kind in ("needle", "keys", "values", "queries", "variables", "absent"):
         before = whole[: whole.index(said + "\n")].count("\n") / max(whole.count("\n"), 1)
         assert abs(before - depth) < 0.25
     original = {line for d in DOCUMENTS for line in d.text.splitlines()}
@@ -68,8 +110,32 @@ def test_definitions_are_those_that_occur_once():
     assert found == {"Lamp", "light_up", "fetch_all"}
     taken = {KINDS["takes"](random.Random(i), DOCUMENTS, None).facts for i in range(60)}
     assert taken == {("how_long", "colour"), ("urls", "limit")}
-    with pytest.raises(Unsuitable):
-        KINDS["takes"](random.Random(0), DOCUMENTS[:1], None)
+    for kind in FOUND:
+        with pytest.raises(Unsuitable):
+            KINDS[kind](random.Random(0), DOCUMENTS[:1], None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "answers"),
+    [
+        ("returns", {"fetch_all returns list[str]."}),
+        ("raises", {"fetch_all raises ValueError, LimitError."}),
+        (
+            "summary",
+            {
+                "Fetch every one of the urls, one by one.",
+                "The harbour lies to the north of the town.",
+                "print when the water is high",
+                "On Monday the keeper wrote a letter to the harbour office.",
+                "Twice is no definition of this line, which is said again.",
+            },
+        ),
+        ("chapter", {'It stands under "The Harbour".', 'It stands under "CHAPTER II. The Letter".'}),
+        ("field", {"Opening hours: 9 to 17", "Ferries a day: 4"}),
+    ],
+)
+def test_what_is_found(kind, answers):
+    assert {KINDS[kind](random.Random(i), DOCUMENTS, None).answer for i in range(80)} == answers
 
 
 def test_a_chain_of_variables_is_in_order():
@@ -152,7 +218,10 @@ def test_a_task_is_laid_out_as_a_question_is(layout, tmp_path, nsa, monkeypatch)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [1200, 3000])
 def test_tasks_fill_their_length(layout, kind, length):
-    texts = [Text(f"f{i}.py", CODE.replace("light", f"light_{i}").replace("fetch", f"fetch_{i}")) for i in range(30)]
+    if kind in ("chapter", "field"):
+        texts = [Text(f"f{i}.md", re.sub("[Hh]arbour", rf"\g<0> {i}", GUIDE)) for i in range(30)]
+    else:
+        texts = [Text(f"f{i}.py", re.sub("light|fetch", rf"\g<0>_{i}", CODE)) for i in range(30)]
     for seed in range(3):
         task = make_task(random.Random(seed), kind, Corpus(texts), layout, length, 0.5)
         tokens = sum(map(len, layout.asked(task)))

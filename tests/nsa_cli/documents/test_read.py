@@ -129,6 +129,8 @@ def test_what_is_named_and_cannot_be_read_is_an_error(tree, monkeypatch, name, c
 
 def test_nothing_to_read_says_what_was_there(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"nothing to read in \.: no file matches \*\.c, \*\.h$"):
+        read_documents(["."], ReadOptions(include=("*.c", "*.h")))
     with pytest.raises(InputError, match=r"nothing to read in \.; .*--no-gitignore.*--hidden"):
         read_documents(["."], OPTIONS)
     for name in ("a.bin", "b.bin"):
