@@ -5,10 +5,11 @@ The same signatures in `gpu` (Triton; a CUDA or HIP tensor), `native` (C; a CPU'
 """
 
 import importlib
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
-from torch import Tensor, is_grad_enabled
-from torch import float64 as _float64
+import torch
+from torch import Tensor
 
 from nsa_kernels import cpu, native, reference
 from nsa_kernels.packing import Packing
@@ -20,12 +21,17 @@ __all__ = ["Packing", "Phi", "Variant", "compress", "dense_attention", "nsa_atte
 
 def _implementation(x: Tensor, *others: Tensor | None) -> ModuleType:
     """`others` may need gradients too, as gates do where nothing else is trained."""
-    if x.dtype == _float64:
+    if x.dtype == torch.float64:
         return reference
     if x.is_cuda:  # HIP devices say so too
         return importlib.import_module("nsa_kernels.gpu")  # Triton is loaded where it is used
-    learning = is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others))
+    learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others))
     return reference if learning else cpu
+
+
+def _current(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current GPU, wherever its tensors lie."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def compress(
@@ -66,9 +72,11 @@ def nsa_attention(
     own = [options[name] for name in ("k_swa", "v_swa") if options.get(name) is not None]
     if found is cpu and native.supports(q, k, v, k_cmp, v_cmp, *own):
         found = native
-    return found.nsa_attention(q, k, v, k_cmp, v_cmp, gates, variant, **options)
+    with _current(q):
+        return found.nsa_attention(q, k, v, k_cmp, v_cmp, gates, variant, **options)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, offset: int = 0, scale: float | None = None) -> Tensor:
     """Causal full attention of T queries over offset+T keys. See `reference.dense_attention`."""
-    return _implementation(q, k, v).dense_attention(q, k, v, offset=offset, scale=scale)
+    with _current(q):
+        return _implementation(q, k, v).dense_attention(q, k, v, offset=offset, scale=scale)

@@ -83,6 +83,10 @@ class CapturedStep:
 
     def __init__(self, model: NSAModel, cache: Cache, dense: bool = False) -> None:
         self.step = DeviceStep(model, cache, dense)
+        with torch.cuda.device(model.device):  # Triton launches on the current GPU
+            self._capture(model)
+
+    def _capture(self, model: NSAModel) -> None:
         stream = torch.cuda.Stream(model.device)
         stream.wait_stream(torch.cuda.current_stream(model.device))
         with torch.cuda.stream(stream):
@@ -96,7 +100,8 @@ class CapturedStep:
 
     def run(self, token: int, length: int) -> Tensor:
         """Enter `token` after `length` tokens. Returns (vocab,) in float32."""
-        self.step.token.fill_(token)
-        self.step.length.fill_(length)
-        self.graph.replay()
+        with torch.cuda.device(self.step.model.device):
+            self.step.token.fill_(token)
+            self.step.length.fill_(length)
+            self.graph.replay()
         return self.logits

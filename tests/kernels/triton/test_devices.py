@@ -83,14 +83,23 @@ def launches(monkeypatch) -> list[str]:
     from nsa_kernels import decode, flash, ranged, select, selected
 
     found: list[str] = []
+    current = [0]
+
+    @contextmanager
+    def device(where: torch.device) -> Iterator[None]:
+        current.append(where.index)
+        yield
+        current.pop()
 
     def run(self, *args, grid, warmup, **kwargs):
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
         assert tensors and all(x.is_cuda for x in tensors), self.__name__
+        assert all(x.device.index == current[-1] for x in tensors), self.__name__  # Triton launches on the current one
         assert all(isinstance(size, int) for size in grid), self.__name__  # a grid from the device would be a wait
         found.append(self.__name__)
 
     monkeypatch.setattr(InterpretedFunction, "run", run)
+    monkeypatch.setattr(torch.cuda, "device", device)
     for module in (decode, flash, ranged, select, selected):
         monkeypatch.setattr(module, "target_of", lambda x: "cuda:90")
     monkeypatch.setattr(decode, "_programs", lambda q: 528)
@@ -108,6 +117,15 @@ def test_reading_stays_on_the_device(launches: list[str], config: NSAConfig) -> 
         assert prefill(model, [1, 2, 3], cache, retrieval=retrieval).is_cuda
         assert prefill(model, [4], cache, dense=True).is_cuda
     assert {"_select", "_forward"} <= set(launches)
+
+
+def test_a_second_gpu_gets_its_launches(launches: list[str]) -> None:
+    with fake_gpu():
+        model = NSAModel(CONFIGS["paper"], device="cuda:1", dtype=torch.bfloat16)
+        cache = Cache.for_model(model, 3000)
+        assert prefill(model, list(range(50)) * 40, cache).device.index == 1
+        assert prefill(model, [4], cache, dense=True).device.index == 1
+    assert launches
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["nsa", "dense"])

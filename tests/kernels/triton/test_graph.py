@@ -1,6 +1,9 @@
 """The decode step that a CUDA graph holds, run operation by operation, against `model.advance`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,6 +76,51 @@ def test_a_warm_up_touches_nothing(device) -> None:
     step.run()
     assert step.length.item() == 0
     assert all((buffer == 7).all() for buffer in cache.buffers.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_captured_step_goes_on_after_the_cache_is_cut(monkeypatch) -> None:
+    """With a graph that repeats in Python what it holds: warming up leaves the cache as it was, and a graph serves
+    whatever length the cache has been cut to and filled to since.
+    """
+    from nsa_models.graph import CapturedStep
+
+    class Graph:
+        def replay(self) -> None:
+            captured.logits.copy_(captured.step.run())
+
+    @contextmanager
+    def capture(graph: Graph) -> Iterator[None]:
+        """Nothing that is captured is run."""
+        assert all(torch.equal(buffer, before[name]) for name, buffer in mine.buffers.items())
+        yield
+        for name, buffer in mine.buffers.items():
+            buffer.copy_(before[name])
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stub in dict(Stream=lambda _: stream, current_stream=lambda _: stream, CUDAGraph=Graph).items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    for name, stub in dict(stream=nullcontext, device=nullcontext, graph=capture).items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    config = replace(CONFIG, num_hidden_layers=1)
+    model, generator = NSAModel(config), torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        p.copy_(torch.randn(p.shape, generator=generator) * 0.3 + ("norm" in name))
+    ids = torch.randint(61, (48,), generator=generator)
+    mine, theirs = (Cache(config, 48, "cpu", torch.float32) for _ in range(2))
+    for cache in (mine, theirs):
+        model.advance(ids[:40], cache)
+    before = {name: buffer.nan_to_num_(7).clone() for name, buffer in mine.buffers.items()}
+    captured = CapturedStep(model, mine)
+    for length in (40, 41, 33, 47):  # cut to 33; filled by a prompt to 47
+        for cache in (mine, theirs):
+            cache.truncate(min(cache.length, length))
+            if cache.length < length:
+                model.advance(ids[cache.length : length], cache)
+        expected = model.logits(model.advance(ids[length : length + 1], theirs))[0]
+        got = captured.run(int(ids[length]), length)
+        mine.length += 1
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

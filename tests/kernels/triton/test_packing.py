@@ -15,7 +15,7 @@ VARIANTS = {
     "all-blocks": replace(SMALL, select_count=9),  # cover the batch: dense attention
     "streamed": Variant(16, 16, 16, 4, 0, 1, 20, topk="streamed", topk_chunk=2),
 }
-LENGTHS = [37, 0, 5, 64, 1, 23]  # none, fewer than a compression block, one token
+LENGTHS = [29, 0, 5, 40, 1, 17]  # none, fewer than a compression block, one token
 CASES = {f"{name}-G3": (variant, LENGTHS, (6, 2)) for name, variant in VARIANTS.items()}
 CASES |= {f"{name}-G16": (VARIANTS[name], [19, 0, 2, 33, 1], (16, 1)) for name in ("paper", "streamed")}
 
