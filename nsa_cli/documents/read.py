@@ -70,7 +70,8 @@ def _read(files: Iterator[_File], options: ReadOptions, stdin: BinaryIO | None) 
                 extract = _extract(file, options, stdin, objects)
             except Unreadable as error:
                 if file.named and not file.listed:
-                    raise InputError(f"{file.shown}: {error}") from None
+                    advice = "" if ";" in str(error) else "; leave it out, or name another file"
+                    raise InputError(f"{file.shown}: {error}{advice}") from None
                 skips.append(Skip(file.shown, str(error)))
                 continue
             documents.append(Document(file.shown, extract.text, extract.parts, extract.converted, source=file.path))

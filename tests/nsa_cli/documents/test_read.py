@@ -119,12 +119,12 @@ def test_stdin_is_a_document_among_others(tree) -> None:
     [
         ("missing.txt", None, "no such file or directory: missing.txt"),
         ("", None, "a path is empty, as an unset variable of a shell is; . is the folder that you are in"),
-        ("image.png", b"\x89PNG\r\n\0", "image.png: binary (PNG image)"),
-        ("empty.txt", b"\n", "empty.txt: empty"),
-        ("-", b"", "<stdin>: empty"),
-        ("-", b"a\0b", "<stdin>: binary"),
-        ("big.txt", b"x" * 1001, "big.txt: 1.0 kB, over the limit of 1 kB"),
-        ("-", b"x" * 1001, "<stdin>: over the limit of 1 kB"),
+        ("image.png", b"\x89PNG\r\n\0", "image.png: binary (PNG image); leave it out, or name another file"),
+        ("empty.txt", b"\n", "empty.txt: empty; leave it out, or name another file"),
+        ("-", b"", "<stdin>: empty; leave it out, or name another file"),
+        ("-", b"a\0b", "<stdin>: binary; leave it out, or name another file"),
+        ("big.txt", b"x" * 1001, "big.txt: 1.0 kB, over the limit of 1 kB; leave it out, or name another file"),
+        ("-", b"x" * 1001, "<stdin>: over the limit of 1 kB; leave it out, or name another file"),
     ],
 )
 def test_what_is_named_and_cannot_be_read_is_an_error(tree, monkeypatch, name, content, message) -> None:

@@ -177,7 +177,7 @@ def test_a_program_of_the_user_s_can_print_the_text(tmp_path, nsa, monkeypatch) 
     run = nsa("pack", "a.doc", "--convert", '*.doc=sh -c \'tr -d "\\\\0" < "{}"\'')
     assert (run.code, run.out) == (0, "=== a.doc ===\nfirst\n"), run.err
     run = nsa("pack", "b.log", "--convert", "*.log=false")
-    assert (run.code, run.err) == (3, "nsa: b.log: false failed (exit code 1)\n")
+    assert (run.code, run.err) == (3, "nsa: b.log: false failed (exit code 1); leave it out, or name another file\n")
     for wrong in ("*.doc", "=cat", "*.doc=no-such-program", "*.doc='"):
         assert nsa("pack", ".", "--convert", wrong).code == 2
     run = nsa("pack", "-", "--convert", "*=cat", stdin="piped")
