@@ -20,10 +20,10 @@ DISTANCE = 64
 
 
 class RetrievalMass:
-    """Softmax mass that queries give to blocks of the document, summed over the config's `retrieval_heads`.
+    """Softmax mass that queries give to blocks of the document, in each of the config's `retrieval_heads`.
 
-    `mass` is (NB,), one entry a selection block. The first blocks, which NSA forces, are left out: whatever has nothing
-    to look up looks there (attention sink).
+    `mass` is (heads, NB), an entry a selection block. The first blocks, which NSA forces, are left out: whatever has
+    nothing to look up looks there (attention sink).
     """
 
     def __init__(self, config: NSAConfig, document: int, counted: Sequence[bool] | None = None) -> None:
@@ -32,34 +32,38 @@ class RetrievalMass:
         """
         self.config, self.document = config, document
         self.counted = None if counted is None else torch.tensor(counted, dtype=torch.bool)
-        self.mass = torch.zeros(config.variant.block_count(document), dtype=torch.float64)
         self.near = Rope(config, config.rope_factor(DISTANCE)).angles(torch.tensor([DISTANCE]), torch.float32)
-        self.heads: dict[int, list[int]] = {}
         every = ((layer, head) for layer in range(config.num_hidden_layers) for head in range(config.num_heads))
-        for layer, head in config.retrieval_heads or every:
-            self.heads.setdefault(layer, []).append(head)
+        self.heads = tuple(config.retrieval_heads or every)
+        self.mass = torch.zeros(len(self.heads), config.variant.block_count(document), dtype=torch.float64)
 
     @property
-    def expected(self) -> float:
-        """A block's share if the mass were spread evenly."""
-        return float(self.mass.sum()) / max(self.mass.shape[0] - self.config.initial_blocks, 1)
+    def lift(self) -> Tensor:
+        """(NB,): a block's mass over an even share of it, 1 + that as the geometric mean over the heads, less 1.
+
+        A block that several heads look at stands above one that draws a single head. Of 80 functions defined once in
+        109,000 and 89,000 tokens this puts the definition among the best five blocks for 78 and first for 57, the sum
+        over the heads for 76 and 49.
+        """
+        even = self.mass.sum(1, keepdim=True) / max(self.mass.shape[1] - self.config.initial_blocks, 1)
+        return torch.where(even > 0, self.mass / even, 0).log1p().mean(0).expm1()
 
     def add(self, layer: int, q: Tensor, k: Tensor, rope: Rope) -> None:
         """One layer's queries q (T, HQ, D), the last T of k (S, HKV, D), both as rotated by `rope`."""
-        heads = self.heads.get(layer)
+        heads = [(row, head) for row, (of, head) in enumerate(self.heads) if of == layer]
         if not heads or not self.document:
             return
         T, S, G, initial = q.shape[0], k.shape[0], q.shape[1] // k.shape[1], self.config.initial_blocks
-        keys = {head // G for head in heads}
+        keys = {head // G for _, head in heads}
         angles = rope.angles(torch.arange(self.document, device=k.device), torch.float32)
         plain = {h: rope.undo(k[: self.document, h : h + 1].float(), *angles)[:, 0] for h in keys}
         asked = rope.undo(q.float(), *rope.angles(torch.arange(S - T, S, device=q.device), torch.float32))
         asked = rotate(asked, *(x.to(q.device) for x in self.near))
         if self.counted is not None:
             asked = asked[self.counted[S - T - self.document : S - self.document].to(q.device)]
-        for head in heads:
+        for row, head in heads:
             mass = block_mass(asked[:, head], plain[head // G], self.config.select_block)
-            self.mass[initial:] += mass[initial:].double().cpu()
+            self.mass[row, initial:] += mass[initial:].double().cpu()
 
 
 def block_mass(q: Tensor, k: Tensor, size: int) -> Tensor:

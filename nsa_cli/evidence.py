@@ -61,15 +61,15 @@ def find_evidence(retrieval: "RetrievalMass", context: "Context", offset: int, l
 
     offset: tokens of the prompt before the context's first. Attended, not proven: lift says where, not why.
     """
-    size, mass, expected = retrieval.config.select_block, retrieval.mass, retrieval.expected
-    significant = (mass > SIGNIFICANT * expected).nonzero().flatten().tolist()
+    size, lift = retrieval.config.select_block, retrieval.lift.tolist()
+    significant = [block for block, times in enumerate(lift) if times > SIGNIFICANT]
     blocks: list[tuple[int, Evidence]] = []
     places: list[Evidence] = []
-    for block in sorted(significant, key=mass.tolist().__getitem__, reverse=True):
+    for block in sorted(significant, key=lift.__getitem__, reverse=True):
         start = max(block * size - offset, 0)
         stop = min((block + 1) * size - offset, len(context.ids))
         found = context.locate(start, stop) if start < stop else []
-        blocks += [(block, Evidence(p.path, p.first_line, p.last_line, float(mass[block]) / expected)) for p in found]
+        blocks += [(block, Evidence(p.path, p.first_line, p.last_line, lift[block])) for p in found]
         places = cite(merge(blocks), context)
         if len(places) > limit:
             break

@@ -55,8 +55,8 @@ def test_distance_does_not_matter(factor: float, start: int) -> None:
     retrieval = RetrievalMass(CONFIG, 40)
     retrieval.add(1, asked, torch.cat([rotated, between, random(5, 2, 4)]), rope)
     near = rotate(q, *Rope(CONFIG, CONFIG.rope_factor(DISTANCE)).angles(torch.tensor([DISTANCE]), torch.float32))
-    expected = sum(block_mass(near[:, head], k[:, head // 3], 8) for head in (0, 5)).double()
-    expected[0] = 0
+    expected = torch.stack([block_mass(near[:, head], k[:, head // 3], 8) for head in (0, 5)]).double()
+    expected[:, 0] = 0
     torch.testing.assert_close(retrieval.mass, expected, atol=1e-4, rtol=1e-3)
 
 
@@ -66,16 +66,25 @@ def test_only_the_named_heads_count_and_not_the_first_block() -> None:
     retrieval.add(0, q, k, rope)
     assert retrieval.mass.sum() == 0
     retrieval.add(1, q, k, rope)
-    assert retrieval.mass[0] == 0
-    torch.testing.assert_close(retrieval.mass[1:], torch.full((9,), 0.2, dtype=torch.float64))  # 2 heads, 10 blocks
-    assert retrieval.expected == pytest.approx(0.2)
+    assert not retrieval.mass[:, 0].any()
+    torch.testing.assert_close(retrieval.mass[:, 1:], torch.full((2, 9), 0.1, dtype=torch.float64))  # 10 blocks
+    torch.testing.assert_close(retrieval.lift[1:], torch.ones(9, dtype=torch.float64))
+
+
+def test_what_two_heads_look_at_stands_above_what_draws_one() -> None:
+    retrieval = RetrievalMass(CONFIG, 80)
+    retrieval.mass[0] = torch.tensor([0, 8, 4, 0, 0, 0, 0, 0, 3, 3])  # an even share is 2
+    retrieval.mass[1] = torch.tensor([0, 0, 4, 2, 2, 2, 2, 2, 2, 2])
+    assert retrieval.lift[2] == pytest.approx(2)
+    assert retrieval.lift[1] == pytest.approx((5 * 1) ** 0.5 - 1)
+    assert retrieval.lift.argmax() == 2
 
 
 def test_without_named_heads_all_count() -> None:
     retrieval = RetrievalMass(replace(CONFIG, retrieval_heads=()), 80)
     for layer in range(2):
         retrieval.add(layer, torch.zeros(1, 6, 4), torch.zeros(81, 2, 4), Rope(CONFIG))
-    torch.testing.assert_close(retrieval.mass[1:], torch.full((9,), 1.2, dtype=torch.float64))
+    torch.testing.assert_close(retrieval.mass[:, 1:], torch.full((12, 9), 0.1, dtype=torch.float64))
 
 
 def test_only_counted_tokens_count_in_whatever_chunks_they_come() -> None:
@@ -92,7 +101,7 @@ def test_only_counted_tokens_count_in_whatever_chunks_they_come() -> None:
 def test_without_a_document_nothing_is_found() -> None:
     retrieval = RetrievalMass(CONFIG, 0)
     retrieval.add(1, torch.zeros(4, 6, 4), torch.zeros(4, 2, 4), Rope(CONFIG))
-    assert retrieval.mass.shape == (0,) and retrieval.expected == 0
+    assert retrieval.mass.shape == (2, 0) and retrieval.lift.shape == (0,)
 
 
 def test_the_engine_collects_what_is_prefilled() -> None:
