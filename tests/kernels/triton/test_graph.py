@@ -37,16 +37,21 @@ CONFIGS = {
 }
 
 
+def random_model(config: NSAConfig, generator: torch.Generator, device: str | torch.device = "cpu") -> NSAModel:
+    model = NSAModel(config, device=device)
+    for name, p in model.named_parameters():
+        p.copy_(torch.randn(p.shape, generator=generator) * 0.3 + ("norm" in name))
+    return model
+
+
 @pytest.mark.parametrize("dense", [False, True], ids=["nsa", "dense"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_steps_are_the_models(device, config: NSAConfig, dense: bool) -> None:
     """Over a block's completion: tokens 67 and 71 complete a compression block, 65 begins a selection block."""
     from nsa_models.graph import DeviceStep, supports
 
-    model = NSAModel(config, device=device)
     generator = torch.Generator().manual_seed(0)
-    for name, p in model.named_parameters():
-        p.copy_(torch.randn(p.shape, generator=generator) * 0.3 + ("norm" in name))
+    model = random_model(config, generator, device)
     ids = torch.randint(61, (69,), generator=generator)
     mine, theirs = (Cache(config, 80, device, torch.float32) for _ in range(2))
     assert supports(model, mine)
@@ -71,7 +76,7 @@ def test_a_warm_up_touches_nothing(device) -> None:
     cache = Cache(CONFIG, 32, device, torch.float32)
     for buffer in cache.buffers.values():
         buffer.fill_(7)
-    step = DeviceStep(NSAModel(CONFIG, device=device), cache)
+    step = DeviceStep(random_model(CONFIG, torch.Generator().manual_seed(0), device), cache)
     step.length.fill_(-1)
     step.run()
     assert step.length.item() == 0
@@ -103,9 +108,8 @@ def test_a_captured_step_goes_on_after_the_cache_is_cut(monkeypatch) -> None:
     for name, stub in dict(stream=nullcontext, device=nullcontext, graph=capture).items():
         monkeypatch.setattr(torch.cuda, name, stub)
     config = replace(CONFIG, num_hidden_layers=1)
-    model, generator = NSAModel(config), torch.Generator().manual_seed(0)
-    for name, p in model.named_parameters():
-        p.copy_(torch.randn(p.shape, generator=generator) * 0.3 + ("norm" in name))
+    generator = torch.Generator().manual_seed(0)
+    model = random_model(config, generator)
     ids = torch.randint(61, (48,), generator=generator)
     mine, theirs = (Cache(config, 48, "cpu", torch.float32) for _ in range(2))
     for cache in (mine, theirs):
