@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from nsa_cli.answer import SCHEMA_VERSION, Conversation, Request, Turn, check_fit, document_room, show, silent
 from nsa_cli.checkpoint import Checkpoint
 from nsa_cli.output import emit, say, write_atomically
+from nsa_cli.text_file import read_text
 from nsa_models.errors import BudgetError, InputError
 
 if TYPE_CHECKING:
@@ -94,10 +95,7 @@ def load_turns(path: Path, tokenizer: "Tokenizer") -> list[Turn]:
     """
     if not path.exists():
         return []
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {(getattr(error, 'strerror', None) or 'not UTF-8').lower()}") from None
+    lines = read_text(path).splitlines()
     return [_turn(line, f"{path} line {number}", tokenizer) for number, line in enumerate(lines, 1) if line.strip()]
 
 

@@ -5,6 +5,7 @@ import os
 import re
 from dataclasses import dataclass
 
+from nsa_cli.text_file import read_text
 from nsa_models.errors import CheckError, InputError
 
 MAX_CHARS = 1_000_000
@@ -48,11 +49,7 @@ def load_schema(file_or_text: str) -> Schema:
     """What `--schema` names: a file that holds a JSON schema, or else a schema in either form."""
     if not os.path.isfile(file_or_text):
         return parse_schema(file_or_text)
-    try:
-        with open(file_or_text, encoding="utf-8") as file:
-            text = file.read(MAX_CHARS + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file_or_text}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+    text = read_text(file_or_text, MAX_CHARS + 1)
     if len(text) > MAX_CHARS:
         raise InputError(f"{file_or_text}: more than a schema may have, {MAX_CHARS:,} characters")
     return parse_schema(_from_json(text, file_or_text))

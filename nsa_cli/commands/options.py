@@ -19,6 +19,7 @@ from nsa_cli.documents.ignore import KINDS
 from nsa_cli.documents.table import MAX_ROWS
 from nsa_cli.output import output_option, verbosity_options
 from nsa_cli.packing import LEVELS, ORDERS, OVERFLOWS, Packing
+from nsa_cli.text_file import read_text
 from nsa_cli.units import format_bytes, parse_quantity
 from nsa_models.errors import InputError
 from nsa_models.sampling import Sampling
@@ -271,14 +272,6 @@ def question_options(command):
 def model_option(help: str):
     """--model; the command gets its name or path, or None."""
     return _option("--model", "-m", metavar="NAME|PATH", shell_complete=complete_models, help=help)
-
-
-def read_text(file: str) -> str:
-    """What a file says. Raises InputError if it is not there, or not UTF-8."""
-    try:
-        return Path(file).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: {(getattr(error, 'strerror', None) or 'not UTF-8').lower()}") from None
 
 
 def _option(*names: str, **settings):
