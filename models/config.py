@@ -81,6 +81,7 @@ class NSAConfig:
     topk_chunk: int = 0
 
     retrieval_heads: tuple[tuple[int, int], ...] = ()  # (layer, query head) that evidence comes from; none = all
+    retrieval_block: int = 0  # tokens of a place that evidence names; 0 = select_block
 
     variant: Variant = field(init=False, repr=False, compare=False)
 
@@ -102,6 +103,8 @@ class NSAConfig:
         for name in POSITIVE:
             if getattr(self, name) <= 0:
                 raise ModelError(f"config: {name} must be positive, got {getattr(self, name)!r}")
+        if self.retrieval_block < 0:
+            raise ModelError(f"config: retrieval_block must be at least 0, got {self.retrieval_block}")
         if self.num_hidden_layers > MOST_LAYERS:
             raise ModelError(f"config: {self.num_hidden_layers} layers are more than the {MOST_LAYERS} that nsa runs")
         if self.num_heads % self.num_kv_heads:
@@ -129,6 +132,11 @@ class NSAConfig:
                     f"config: retrieval_heads must be a list of [layer, query head], below {list(limits)}: {pair!r}"
                 )
         return tuple(map(tuple, pairs))
+
+    @property
+    def evidence_block(self) -> int:
+        """Tokens of a place that evidence names."""
+        return self.retrieval_block or self.select_block
 
     def rope_factor(self, tokens: int) -> float:
         """The factor for a context of up to `tokens` tokens, fixed for the whole of it (rotated keys are cached)."""

@@ -22,8 +22,8 @@ DISTANCE = 64
 class RetrievalMass:
     """Softmax mass that queries give to blocks of the document, in each of the config's `retrieval_heads`.
 
-    `mass` is (heads, NB), an entry a selection block. The first blocks, which NSA forces, are left out: whatever has
-    nothing to look up looks there (attention sink).
+    `mass` is (heads, NB), an entry a block of the config's `evidence_block` tokens. The first ones, as many as NSA
+    forces, are left out: whatever has nothing to look up looks there (attention sink).
     """
 
     def __init__(self, config: NSAConfig, document: int, counted: Sequence[bool] | None = None) -> None:
@@ -35,7 +35,7 @@ class RetrievalMass:
         self.near = Rope(config, config.rope_factor(DISTANCE)).angles(torch.tensor([DISTANCE]), torch.float32)
         every = ((layer, head) for layer in range(config.num_hidden_layers) for head in range(config.num_heads))
         self.heads = tuple(config.retrieval_heads or every)
-        self.mass = torch.zeros(len(self.heads), config.variant.block_count(document), dtype=torch.float64)
+        self.mass = torch.zeros(len(self.heads), -(-document // config.evidence_block), dtype=torch.float64)
 
     @property
     def lift(self) -> Tensor:
@@ -62,7 +62,7 @@ class RetrievalMass:
         if self.counted is not None:
             asked = asked[self.counted[S - T - self.document : S - self.document].to(q.device)]
         for row, head in heads:
-            mass = block_mass(asked[:, head], plain[head // G], self.config.select_block)
+            mass = block_mass(asked[:, head], plain[head // G], self.config.evidence_block)
             self.mass[row, initial:] += mass[initial:].double().cpu()
 
 

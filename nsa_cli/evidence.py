@@ -61,7 +61,7 @@ def find_evidence(retrieval: "RetrievalMass", context: "Context", offset: int, l
 
     offset: tokens of the prompt before the context's first. Attended, not proven: lift says where, not why.
     """
-    size, lift = retrieval.config.select_block, retrieval.lift.tolist()
+    size, lift = retrieval.config.evidence_block, retrieval.lift.tolist()
     significant = [block for block, times in enumerate(lift) if times > SIGNIFICANT]
     blocks: list[tuple[int, Evidence]] = []
     places: list[Evidence] = []

@@ -71,6 +71,15 @@ def test_only_the_named_heads_count_and_not_the_first_block() -> None:
     torch.testing.assert_close(retrieval.lift[1:], torch.ones(9, dtype=torch.float64))
 
 
+def test_places_may_be_of_another_size_than_selected_blocks() -> None:
+    retrieval = RetrievalMass(replace(CONFIG, retrieval_block=32), 80)
+    retrieval.add(1, torch.zeros(1, 6, 4), torch.zeros(81, 2, 4), Rope(CONFIG))
+    expected = torch.tensor([[0, 32 / 80, 16 / 80]] * 2, dtype=torch.float64)
+    torch.testing.assert_close(retrieval.mass, expected)
+    with pytest.raises(ModelError, match="retrieval_block must be at least 0, got -1"):
+        replace(CONFIG, retrieval_block=-1)
+
+
 def test_what_two_heads_look_at_stands_above_what_draws_one() -> None:
     retrieval = RetrievalMass(CONFIG, 80)
     retrieval.mass[0] = torch.tensor([0, 8, 4, 0, 0, 0, 0, 0, 3, 3])  # an even share is 2
