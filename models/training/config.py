@@ -29,6 +29,12 @@ class Loss:
     answer: float = 1.0  # next token, on the answers of tasks
     kl: float = 0.0  # KL(teacher || student) of the next token, everywhere but on answers
     hidden: float = 0.0  # squared distance of the layers' outputs from the teacher's, over their square
+    select: float = 0.0  # KL(dense attention || importance) over blocks, for compression alone (see `selection`)
+
+    @property
+    def next_token(self) -> bool:
+        """Whether a part concerns what the model predicts, so that gradients have to pass through it."""
+        return max(self.text, self.answer, self.kl, self.hidden) > 0
 
 
 @dataclass(frozen=True)

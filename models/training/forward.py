@@ -5,7 +5,9 @@ give the same logits (a test). Parameters come as a mapping under our checkpoint
 to the type of the activations where they are used, so that float32 master weights get float32 gradients.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +22,16 @@ from nsa_models.rope import Rope, rotate
 Weights = Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Keys:
+    """What one layer chooses blocks by, in one sequence. Gradients of `compressed` reach compression alone."""
+
+    q: Tensor  # (T, HQ, D), rotated
+    q_cmp: Tensor  # (T, HQ, D), the compressed branch's
+    k: Tensor  # (T, HKV, D), rotated, of the selected branch
+    compressed: Callable[[], Tensor]  # (NC, HKV, D)
+
+
 def hidden_states(
     config: NSAConfig,
     weights: Weights,
@@ -30,11 +42,13 @@ def hidden_states(
     dense: bool = False,
     recompute: bool = False,
     each: Callable[[int, Tensor], None] = lambda layer, x: None,
+    watch: Callable[[int, Keys], None] | None = None,
 ) -> Tensor:
     """ids: (T,), sequences of `lengths` tokens one after another. Returns the last hidden states (T, H), normed.
 
     dense: full attention over the same weights. recompute: keep only each layer's input and compute the layer again
-    in the backward pass. each: called with (layer, its output (T, H)).
+    in the backward pass. each: called with (layer, its output (T, H)). watch: called with (sequence, its keys) in every
+    layer, before its attention is computed.
     """
     if sum(lengths) != ids.shape[0]:
         raise ValueError(f"lengths add up to {sum(lengths)}, not to {ids.shape[0]} tokens")
@@ -44,7 +58,7 @@ def hidden_states(
     for i in range(config.num_hidden_layers):
 
         def layer(x: Tensor, name: str = f"model.layers.{i}") -> Tensor:
-            return _layer(config, weights, name, x, angles, lengths, dense)
+            return _layer(config, weights, name, x, angles, lengths, dense, watch)
 
         x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
         each(i, x)
@@ -63,9 +77,9 @@ def _angles(config: NSAConfig, length: int, device, dtype: torch.dtype) -> tuple
     return rope, *rope.angles(torch.arange(length, device=device), dtype)
 
 
-def _layer(config, weights, name: str, x: Tensor, angles, lengths, dense: bool) -> Tensor:
+def _layer(config, weights, name: str, x: Tensor, angles, lengths, dense: bool, watch) -> Tensor:
     h = _norm(config, weights, f"{name}.attn_norm", x)
-    o = _attention(config, weights, f"{name}.attn", h, angles, lengths, dense)
+    o = _attention(config, weights, f"{name}.attn", h, angles, lengths, dense, watch)
     x = x + _linear(weights, f"{name}.attn.o_proj", o)
     h = _norm(config, weights, f"{name}.mlp_norm", x)
     gate, up = (_linear(weights, f"{name}.mlp.{side}_proj", h) for side in ("gate", "up"))
@@ -88,7 +102,7 @@ def _linear(weights: Weights, name: str, x: Tensor) -> Tensor:
     return y + functional.linear(functional.linear(x, down.to(x.dtype)), up.to(x.dtype))
 
 
-def _attention(config: NSAConfig, weights, name: str, h: Tensor, angles, lengths, dense: bool) -> Tensor:
+def _attention(config: NSAConfig, weights, name: str, h: Tensor, angles, lengths, dense: bool, watch) -> Tensor:
     """(T, HQ * Dv), before the output projection."""
     branches = ("", "_cmp", "_swa") if config.branch_kv and not dense else ("",)
     q = _linear(weights, f"{name}.q_proj", h).unflatten(1, (config.num_heads, -1))
@@ -98,49 +112,58 @@ def _attention(config: NSAConfig, weights, name: str, h: Tensor, angles, lengths
         for kind in "kv"
     ]
     gates = _linear(weights, f"{name}.g_proj", h).sigmoid().unflatten(1, (config.num_heads, 3))
-    phis = _phis(weights, name, h.dtype)
     parts = zip(*(tensor.split(list(lengths)) for tensor in (q, gates, *keys)), angles, strict=True)
-    return torch.cat([_one_sequence(config, phis, *part, dense=dense) for part in parts]).flatten(1)
+    outputs = []
+    for i, part in enumerate(parts):
+        seen = None if watch is None else functools.partial(watch, i)
+        outputs.append(_one_sequence(config, weights, name, *part, dense=dense, watch=seen))
+    return torch.cat(outputs).flatten(1)
 
 
-def _phis(weights: Weights, name: str, dtype: torch.dtype) -> dict[str, Tensor | tuple[Tensor, ...] | None]:
-    """What compresses keys and values (see `nsa_kernels.compress`), and the keys' positions within a block."""
-
-    def get(part: str) -> Tensor | None:
-        found = weights.get(f"{name}.{part}")
-        return None if found is None else found.to(dtype)
-
-    found = {"position": get("compress_k.position")}
-    for kind in "kv":
-        perceptron = [get(f"compress_{kind}.{part}") for part in ("up.weight", "up.bias", "down.weight", "down.bias")]
-        found[kind] = get(f"compress_{kind}.weight") if perceptron[0] is None else tuple(perceptron)
-    return found
-
-
-def _one_sequence(config: NSAConfig, phis, q, gates, k, v, *rest, dense: bool) -> Tensor:
+def _one_sequence(config: NSAConfig, weights, name: str, q, gates, k, v, *rest, dense: bool, watch) -> Tensor:
     """q (T, HQ, D), gates (T, HQ, 3), k and v (T, HKV, D), with branch_kv those of the other branches: (T, HQ, Dv)."""
     *own, (rope, cos, sin) = rest
-    variant, place = config.variant, config.compress_rope
+    variant = config.variant
     turned, k_turned = rotate(q, cos, sin), rotate(k, cos, sin)
     if dense:
         return nsa_kernels.dense_attention(turned, k_turned, v)
     k_src, v_src, k_swa, v_swa = own or (k, v, None, None)
-    if place == "before":
+    if config.compress_rope == "before":
         k_src = rotate(k_src, cos, sin) if own else k_turned
-    k_cmp = nsa_kernels.compress(k_src, variant, phis["k"], phis["position"])
-    if place == "after":  # a compressed key stands at the first token of its block
-        blocks = torch.arange(k_cmp.shape[0], device=q.device) * variant.compress_stride
-        k_cmp = rotate(k_cmp, *rope.angles(blocks, q.dtype))
-    v_cmp = nsa_kernels.compress(v_src, variant, phis["v"])
+    q_cmp = q if config.compress_rope == "none" else turned
+    if watch is not None:
+        wide = k_src.detach().to(torch.promote_types(k_src.dtype, torch.float32))
+        compressed = functools.partial(_compressed_keys, config, weights, name, wide, rope)
+        watch(Keys(*(x.detach() for x in (turned, q_cmp, k_turned)), compressed))
     return nsa_kernels.nsa_attention(
         turned,
         k_turned,
         v,
-        k_cmp,
-        v_cmp,
+        _compressed_keys(config, weights, name, k_src, rope),
+        nsa_kernels.compress(v_src, variant, _phi(weights, f"{name}.compress_v", v.dtype)),
         gates,
         variant,
-        q_cmp=q if place == "none" else turned,
+        q_cmp=q_cmp,
         k_swa=rotate(k_swa, cos, sin) if own else None,
         v_swa=v_swa,
     )[0]
+
+
+def _compressed_keys(config: NSAConfig, weights, name: str, k_src: Tensor, rope: Rope) -> Tensor:
+    """(NC, HKV, D), rotated where the config says that compressed keys are."""
+    position = weights.get(f"{name}.compress_k.position")
+    position = None if position is None else position.to(k_src.dtype)
+    k_cmp = nsa_kernels.compress(k_src, config.variant, _phi(weights, f"{name}.compress_k", k_src.dtype), position)
+    if config.compress_rope != "after":
+        return k_cmp
+    blocks = torch.arange(k_cmp.shape[0], device=k_src.device) * config.compress_stride  # at its block's first token
+    return rotate(k_cmp, *rope.angles(blocks, k_src.dtype))
+
+
+def _phi(weights: Weights, name: str, dtype: torch.dtype) -> nsa_kernels.Phi:
+    """What compresses keys or values, as `nsa_kernels.compress` takes it."""
+    perceptron = [f"{name}.{part}" for part in ("up.weight", "up.bias", "down.weight", "down.bias")]
+    if perceptron[0] in weights:
+        return tuple(weights[part].to(dtype) for part in perceptron)
+    weight = weights.get(f"{name}.weight")
+    return None if weight is None else weight.to(dtype)

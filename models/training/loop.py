@@ -20,6 +20,7 @@ from nsa_models.training.batch import Batch
 from nsa_models.training.config import Optimizer, TrainConfig
 from nsa_models.training.forward import Weights, hidden_states, output_logits
 from nsa_models.training.losses import hidden_loss, token_losses
+from nsa_models.training.selection import selection_loss
 from nsa_models.training.state import RunFolder
 from nsa_models.training.student import Student, is_nsa
 
@@ -167,6 +168,14 @@ class Trainer:
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The parts of the loss that the plan weighs, on one batch."""
+        parts = self._predictions(batch) if self.plan.loss.next_token else {}
+        if self.plan.loss.select:
+            choice = selection_loss(self.student.config, self.student.weights, batch, self.dtype)
+            parts |= {} if choice is None else {"select": choice}
+        return parts
+
+    def _predictions(self, batch: Batch) -> dict[str, Tensor]:
+        """Of the next tokens, and of the layers on the way to them."""
         plan, taught_layers, layers = self.plan, [], []
         keep = plan.loss.hidden > 0
         taught, guide = None, None
@@ -206,7 +215,10 @@ class Trainer:
 
     def _total(self, parts: Mapping[str, Tensor]) -> Tensor:
         if not parts:
-            raise NSAError("no part of the loss concerns this batch; give loss.text, loss.answer or loss.kl a weight")
+            raise NSAError(
+                "no part of the loss concerns this batch; give loss.text, loss.answer or loss.kl a weight, or longer "
+                "sequences"
+            )
         return sum(getattr(self.plan.loss, name) * part for name, part in parts.items())
 
     def _apply(self) -> dict[str, float]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from nsa_models.config import NSAConfig
 from nsa_models.convert import GATE_BIAS, gates
 from nsa_models.delta import DOWN, UP
+from nsa_models.errors import InputError
 from nsa_models.training.config import TrainConfig
 from nsa_models.transformer import NSAModel, parameter_shapes
 
@@ -57,6 +58,11 @@ class Student:
             self.weights[name] = tensor.to(device, torch.float32 if learns else dtype, copy=True)
             if learns:
                 self.trained[name] = self.weights[name].requires_grad_()
+        if plan.loss.select and not any(".compress_k." in name for name in self.trained):
+            raise InputError(
+                "config: loss.select teaches compression, and the model's is the mean: nothing to learn; "
+                "nsa convert --compress-kind softmax makes one that learns"
+            )
         if plan.delta and plan.delta.rank:
             self._add_updates(plan, device)
 
