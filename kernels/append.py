@@ -65,16 +65,32 @@ def compress_newest(
     undo: cos, sin (positions, D/2) by which x was rotated, where phi takes it as it was before. rotate: cos, sin by
     which the result is, at its block's first token.
     """
-    B, HKV, _, D = x.shape
-    layers = [] if phi is None else [(phi, None)] if isinstance(phi, Tensor) else [phi[:2], phi[2:]]
-    if not layers:
-        _newest(x, x_cmp, None, None, position, undo, rotate, lengths, variant, rows=variant.compress_block)
-    elif len(layers) == 1:
-        _newest(x, x_cmp, *layers[0], position, undo, rotate, lengths, variant, rows=variant.compress_block)
+    if phi is None or isinstance(phi, Tensor):
+        _newest(x, x_cmp, phi, None, position, undo, rotate, lengths, variant, rows=variant.compress_block)
+        return
+    hidden = x.new_empty(*x.shape[:2], 1, phi[0].shape[-1], dtype=torch.float32)
+    if len(phi) == 3:
+        score, bias, weight = phi
+        last = weight, None
+        _pool(x, hidden, score, bias, position, undo, lengths, variant)
     else:
-        hidden = torch.empty(B, HKV, 1, phi[0].shape[-1], device=x.device, dtype=torch.float32)
-        _newest(x, hidden, *layers[0], position, undo, None, lengths, variant, rows=variant.compress_block, silu=True)
-        _newest(hidden, x_cmp, *layers[1], None, None, rotate, lengths, variant, rows=1)
+        up, up_bias, *last = phi
+        _newest(x, hidden, up, up_bias, position, undo, None, lengths, variant, rows=variant.compress_block, silu=True)
+    _newest(hidden, x_cmp, *last, None, None, rotate, lengths, variant, rows=1)
+
+
+def _pool(x, y, score, bias, position, undo, lengths, variant: Variant) -> None:
+    B, HKV, _, width = x.shape
+    if undo and width % 2:
+        raise ValueError(f"a head of {width} cannot be rotated")
+    score, bias, position = (None if t is None else t.contiguous() for t in (score, bias, position))
+    L = variant.compress_block
+    LP, BW = triton.next_power_of_2(L), triton.next_power_of_2(width)
+    _pool_newest[HKV, B](
+        x, y, score, bias, position, *(undo or (None, None)), lengths, *x.stride()[:3], *y.stride()[:2],
+        L=L, LP=LP, STRIDE=variant.compress_stride, WIDTH=width, BW=BW,
+        num_warps=min(16, max(4, LP * BW // 2048)),  # a block in registers, 64 a thread: 128 spilled
+    )  # fmt: skip
 
 
 def _newest(x, y, weight, bias, position, undo, rotate, lengths, variant: Variant, *, rows: int, silu=False) -> None:
@@ -151,6 +167,31 @@ def _source(X, POSITION, COS, SIN, first, r, column, stride, ROWS: tl.constexpr,
     if POSITION is not None:
         x += tl.load(POSITION + r * WIDTH + column, mask=mask, other=0.0).to(tl.float32)
     return x
+
+
+@triton.jit
+def _pool_newest(
+    X, Y, SCORE, BIAS, POSITION, UNDO_COS, UNDO_SIN, LENGTHS, sx_b, sx_h, sx_t, sy_b, sy_h,
+    L: tl.constexpr, LP: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """The newest block's tokens, summed with softmax weights."""
+    h, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    length = tl.load(LENGTHS + b)
+    if length < L:
+        return
+    if (length - L) % STRIDE != 0:
+        return
+    if POSITION is not None:
+        POSITION += h * L * WIDTH
+    r, c = tl.arange(0, LP), tl.arange(0, BW)
+    row = tl.minimum(r, L - 1)[:, None]  # rows past the block weigh nothing
+    x = _source(X + b * sx_b + h * sx_h, POSITION, UNDO_COS, UNDO_SIN, length - L, row, c[None, :], sx_t, L, WIDTH)
+    score = tl.load(SCORE + h * WIDTH + c, mask=c < WIDTH, other=0.0).to(tl.float32)
+    bias = tl.load(BIAS + h * L + r, mask=r < L, other=0.0).to(tl.float32)
+    logit = tl.where(r < L, tl.sum(x * score[None, :], 1) + bias, -float("inf"))
+    weight = tl.exp(logit - tl.max(logit, 0))
+    y = tl.sum(weight[:, None] * x, 0) / tl.sum(weight, 0)
+    tl.store(Y + b * sy_b + h * sy_h + c, y, mask=c < WIDTH)
 
 
 @triton.jit

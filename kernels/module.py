@@ -38,10 +38,11 @@ class NativeSparseAttention(nn.Module):
 
     dim: width of the input. num_heads: query heads, in groups that share one of num_kv_heads key heads (None = one
     each). head_dim: of queries and keys, None = dim / num_heads; v_head_dim: of values, None = head_dim. compression:
-    "mlp" | "linear" | "mean". positions: learned positions within a block, added to the keys before compression.
-    branch_kv: each branch has its own keys and values. rope_theta: base of the rotary positions, None = no rotation.
-    compress_rope: "before" = rotated keys are compressed, "after" = a compressed key is rotated to its block's first
-    token, "none" = the compressed branch knows no positions. Parameter names are those of our checkpoints' layers.
+    "mlp" | "linear" | "softmax" (a mean with learned weights, then a linear map) | "mean". positions: learned positions
+    within a block, added to the keys before compression. branch_kv: each branch has its own keys and values.
+    rope_theta: base of the rotary positions, None = no rotation. compress_rope: "before" = rotated keys are compressed,
+    "after" = a compressed key is rotated to its block's first token, "none" = the compressed branch knows no positions.
+    Parameter names are those of our checkpoints' layers.
     """
 
     def __init__(
@@ -74,8 +75,8 @@ class NativeSparseAttention(nn.Module):
         Dv = D if v_head_dim is None else v_head_dim
         if rope_theta is not None and D % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {D}")
-        if compression not in ("mlp", "linear", "mean"):
-            raise ValueError(f"compression must be mlp, linear or mean, got {compression!r}")
+        if compression not in ("mlp", "linear", "softmax", "mean"):
+            raise ValueError(f"compression must be mlp, linear, softmax or mean, got {compression!r}")
         if compress_rope not in ("before", "after", "none"):
             raise ValueError(f"compress_rope must be before, after or none, got {compress_rope!r}")
         self.variant = Variant() if variant is None else variant
@@ -149,9 +150,10 @@ class NativeSparseAttention(nn.Module):
 
 
 class _Compression(nn.Module):
-    """phi (eq. 7): the mean of a block, a linear map of it, or a perceptron with one hidden layer; one per key head.
+    """phi (eq. 7): the mean of a block, a linear map of it, its mean with softmax weights and a linear map after it, or
+    a perceptron with one hidden layer; one per key head.
 
-    The linear map starts as the mean, plus noise that tells the tokens of a block apart.
+    The linear map starts as the mean, plus noise that tells the tokens of a block apart; softmax weights as the mean.
     """
 
     def __init__(self, kind: str, heads: int, block: int, width: int, positions: bool, **factory) -> None:
@@ -161,6 +163,10 @@ class _Compression(nn.Module):
             mean = torch.eye(width, **factory).repeat(block, 1) / block
             noise = torch.randn(heads, inputs, width, **factory) * 0.1 * inputs**-0.5
             self.weight = nn.Parameter(mean + noise)
+        elif kind == "softmax":
+            self.score = nn.Parameter(torch.zeros(heads, width, **factory))
+            self.bias = nn.Parameter(torch.zeros(heads, block, **factory))
+            self.weight = nn.Parameter(torch.eye(width, **factory).repeat(heads, 1, 1))
         elif kind == "mlp":
             self.up = _affine(heads, inputs, 2 * width, **factory)
             self.down = _affine(heads, 2 * width, width, **factory)
@@ -171,6 +177,8 @@ class _Compression(nn.Module):
             return None
         if self.kind == "linear":
             return self.weight
+        if self.kind == "softmax":
+            return self.score, self.bias, self.weight
         return self.up.weight, self.up.bias, self.down.weight, self.down.bias
 
 

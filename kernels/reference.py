@@ -12,7 +12,7 @@ from torch import Tensor
 from nsa_kernels.packing import Packing
 from nsa_kernels.variant import Variant
 
-Phi = None | Tensor | tuple[Tensor, Tensor, Tensor, Tensor]
+Phi = None | Tensor | tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def compress(
@@ -20,9 +20,10 @@ def compress(
 ) -> Tensor:
     """Eq. 7: one vector for every block of l tokens that starts at a multiple of d and is complete.
 
-    x: (S, HKV, D). phi: None = mean; (HKV, l*D, Do) = linear; (up, up_bias, down, down_bias) = MLP with SiLU.
-    position: (HKV, l, D), added before phi. Returns (NC, HKV, Do); of a packed batch one sequence's after the other's,
-    and then rows that are none's.
+    x: (S, HKV, D). phi: None = mean; (HKV, l*D, Do) = linear; (up, up_bias, down, down_bias) = MLP with SiLU;
+    (score, bias, weight), of (HKV, D), (HKV, l), (HKV, D, Do) = the mean with weights softmax_i(score . x_i + bias_i),
+    then a linear map. position: (HKV, l, D), added before phi. Returns (NC, HKV, Do); of a packed batch one sequence's
+    after the other's, and then rows that are none's.
     """
     l, d = variant.compress_block, variant.compress_stride
     if x.shape[0] < l:
@@ -36,6 +37,9 @@ def compress(
         blocks = blocks + position
     if phi is None:
         return blocks.mean(2)
+    if isinstance(phi, tuple) and len(phi) == 3:
+        score, bias, weight = phi
+        return torch.einsum("chd,hdo->cho", _pooled(blocks, score, bias), weight)
     flat = blocks.flatten(2)  # (NC, HKV, l*D)
     if isinstance(phi, Tensor):
         return torch.einsum("chi,hio->cho", flat, phi)
@@ -44,10 +48,20 @@ def compress(
     return torch.einsum("chf,hfo->cho", hidden, down) + down_bias
 
 
+def _pooled(blocks: Tensor, score: Tensor, bias: Tensor) -> Tensor:
+    """sum_i w_i x_i over the tokens of a block, w = softmax_i(score . x_i + bias_i) in float32 or better.
+
+    blocks: (NC, HKV, l, D); score: (HKV, D); bias: (HKV, l). Returns (NC, HKV, D) in the blocks' type.
+    """
+    wide = blocks.to(torch.promote_types(blocks.dtype, torch.float32))
+    logits = torch.einsum("chld,hd->chl", wide, score.to(wide.dtype)) + bias
+    return torch.einsum("chl,chld->chd", logits.softmax(-1), wide).to(blocks.dtype)
+
+
 def _phi_width(phi: Phi, default: int) -> int:
     if phi is None:
         return default
-    return phi.shape[-1] if isinstance(phi, Tensor) else phi[3].shape[-1]
+    return phi.shape[-1] if isinstance(phi, Tensor) else phi[-1].shape[-1]
 
 
 def compressed_attention(

@@ -140,7 +140,7 @@ def _one_sequence(config: NSAConfig, weights, name: str, q, gates, k, v, *rest, 
         k_turned,
         v,
         _compressed_keys(config, weights, name, k_src, rope),
-        nsa_kernels.compress(v_src, variant, _phi(weights, f"{name}.compress_v", v.dtype)),
+        nsa_kernels.compress(v_src, variant, _phi(weights, config.compress_kind, f"{name}.compress_v", v.dtype)),
         gates,
         variant,
         q_cmp=q_cmp,
@@ -153,17 +153,23 @@ def _compressed_keys(config: NSAConfig, weights, name: str, k_src: Tensor, rope:
     """(NC, HKV, D), rotated where the config says that compressed keys are."""
     position = weights.get(f"{name}.compress_k.position")
     position = None if position is None else position.to(k_src.dtype)
-    k_cmp = nsa_kernels.compress(k_src, config.variant, _phi(weights, f"{name}.compress_k", k_src.dtype), position)
+    phi = _phi(weights, config.compress_kind, f"{name}.compress_k", k_src.dtype)
+    k_cmp = nsa_kernels.compress(k_src, config.variant, phi, position)
     if config.compress_rope != "after":
         return k_cmp
     blocks = torch.arange(k_cmp.shape[0], device=k_src.device) * config.compress_stride  # at its block's first token
     return rotate(k_cmp, *rope.angles(blocks, k_src.dtype))
 
 
-def _phi(weights: Weights, name: str, dtype: torch.dtype) -> nsa_kernels.Phi:
+COMPRESSION = {
+    "mean": (),
+    "linear": ("weight",),
+    "mlp": ("up.weight", "up.bias", "down.weight", "down.bias"),
+    "softmax": ("score", "bias", "weight"),
+}
+
+
+def _phi(weights: Weights, kind: str, name: str, dtype: torch.dtype) -> nsa_kernels.Phi:
     """What compresses keys or values, as `nsa_kernels.compress` takes it."""
-    perceptron = [f"{name}.{part}" for part in ("up.weight", "up.bias", "down.weight", "down.bias")]
-    if perceptron[0] in weights:
-        return tuple(weights[part].to(dtype) for part in perceptron)
-    weight = weights.get(f"{name}.weight")
-    return None if weight is None else weight.to(dtype)
+    parts = tuple(weights[f"{name}.{part}"].to(dtype) for part in COMPRESSION[kind])
+    return parts if len(parts) > 1 else parts[0] if parts else None

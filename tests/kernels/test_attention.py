@@ -466,12 +466,17 @@ class TestFallback:
         assert not list(folder.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["mean", "linear", "mlp"])
+@pytest.mark.parametrize("kind", ["mean", "linear", "mlp", "softmax"])
 def test_compression_of_each_kind(kind: str) -> None:
     g = torch.Generator().manual_seed(0)
     x = torch.randn(61, 2, 6, generator=g, dtype=torch.float64)
     position = torch.randn(2, 8, 6, generator=g, dtype=torch.float64)
-    shapes = {"mean": None, "linear": [(2, 48, 5)], "mlp": [(2, 48, 7), (2, 7), (2, 7, 5), (2, 5)]}[kind]
+    shapes = {
+        "mean": None,
+        "linear": [(2, 48, 5)],
+        "mlp": [(2, 48, 7), (2, 7), (2, 7, 5), (2, 5)],
+        "softmax": [(2, 6), (2, 8), (2, 6, 5)],
+    }[kind]
     phi = None if shapes is None else [torch.randn(s, generator=g, dtype=torch.float64) for s in shapes]
     got = compress(x, PAPER, phi if phi is None else phi[0] if kind == "linear" else tuple(phi), position)
     assert got.shape[0] == PAPER.compressed_count(61) == 14
@@ -484,7 +489,56 @@ def test_compression_of_each_kind(kind: str) -> None:
             if kind == "mlp":
                 hidden = torch.nn.functional.silu(block.flatten() @ phi[0][h] + phi[1][h])
                 expected = hidden @ phi[2][h] + phi[3][h]
+            if kind == "softmax":
+                part = [(x_i @ phi[0][h] + bias_i).exp() for x_i, bias_i in zip(block, phi[1][h], strict=True)]
+                expected = sum(p * x_i for p, x_i in zip(part, block, strict=True)) / sum(part) @ phi[2][h]
             torch.testing.assert_close(got[c, h], expected)
+
+
+class TestPooling:
+    """phi = (score, bias, weight): a mean with softmax weights."""
+
+    @given(st.integers(0, 2**32), st.integers(8, 30), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+    @settings(max_examples=20, deadline=None)
+    def test_without_scores_it_is_the_mean(self, seed: int, tokens: int, dtype: torch.dtype) -> None:
+        x = torch.randn(tokens, 2, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+        phi = torch.zeros(2, 6, dtype=dtype), torch.zeros(2, 8, dtype=dtype), torch.eye(6, dtype=dtype).expand(2, 6, 6)
+        got = compress(x, PAPER, phi)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got, compress(x, PAPER))
+
+    @given(st.integers(0, 7), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+    @settings(max_examples=10, deadline=None)
+    def test_a_score_far_above_the_others_picks_its_token(self, token: int, dtype: torch.dtype) -> None:
+        """And scores whose exp would overflow stay finite."""
+        x = torch.randn(8, 1, 6, generator=torch.Generator().manual_seed(token)).to(dtype)
+        bias = torch.full((1, 8), 1000.0, dtype=dtype)
+        bias[0, token] = 2000
+        phi = torch.zeros(1, 6, dtype=dtype), bias, torch.eye(6, dtype=dtype)[None]
+        torch.testing.assert_close(compress(x, PAPER, phi)[0], x[token], rtol=0, atol=0)
+
+    def test_weights_of_bfloat16_are_computed_in_float32(self) -> None:
+        """exp of a score near 100 that is rounded to bfloat16 is off by up to exp(0.25)."""
+        g = torch.Generator().manual_seed(0)
+        phi = [torch.randn(s, generator=g).bfloat16() for s in ((2, 6), (2, 8), (2, 6, 5))]
+        phi[0] *= 30
+        x = torch.randn(61, 2, 6, generator=g).bfloat16()
+        got, truth = compress(x, PAPER, tuple(phi)), compress(x.double(), PAPER, tuple(p.double() for p in phi))
+        torch.testing.assert_close(got.double(), truth, atol=0.03, rtol=0.02)
+
+    def test_gradients(self) -> None:
+        g = torch.Generator().manual_seed(0)
+        shapes = (21, 2, 4), (2, 4), (2, 8), (2, 4, 3), (2, 8, 4)
+        leaves = [torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+        def pooled(x, score, bias, weight, position) -> torch.Tensor:
+            return compress(x, PAPER, (score, bias, weight), position)
+
+        assert torch.autograd.gradcheck(pooled, leaves)
+
+    def test_no_complete_block_has_the_width_of_the_map(self) -> None:
+        phi = torch.zeros(2, 6), torch.zeros(2, 8), torch.zeros(2, 6, 5)
+        assert compress(torch.randn(7, 2, 6), PAPER, phi).shape == (0, 2, 5)
 
 
 def test_no_complete_block_compresses_to_nothing() -> None:

@@ -153,12 +153,16 @@ def append_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         phi = None if kind == "mean" else tensor(HKV, l * D, D)
         if kind == "mlp":
             phi = tensor(HKV, l * D, 2 * D), tensor(HKV, 2 * D), tensor(HKV, 2 * D, D), tensor(HKV, D)
+        if kind == "softmax":
+            phi = tensor(HKV, D), tensor(HKV, l), tensor(HKV, D, D)
         compress_newest(k, k_cmp, lengths, variant, phi, tensor(HKV, l, D), undo=angles, rotate=angles)
         compress_newest(k, k_cmp, lengths, variant)
 
     yield "D64 G3", lambda: run(1, 9, 3, 64, 64, "mean", Variant())
     yield "D192/128 G16", lambda: run(64, 64, 4, 192, 128, "mlp", Variant())
     yield "D64 G16 blocks of 16", lambda: run(1, 32, 2, 64, 64, "linear", Variant(16, 16, 16, 16, 0, 1, 128))
+    yield "D64 G3 blocks of 32", lambda: run(1, 9, 3, 64, 64, "softmax", Variant(32, 32))
+    yield "D192/128 G16 blocks of 64", lambda: run(64, 64, 4, 192, 128, "softmax", Variant(64, 32))
 
 
 def attend(HQ, HKV, D, Dv, variant, T, offset=0, packing=None) -> None:

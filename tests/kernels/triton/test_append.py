@@ -53,11 +53,13 @@ def parameters(kind: str, HKV: int, D: int, Do: int):
         return None
     if kind == "linear":
         return random(HKV, l * D, Do, seed=5) / (l * D) ** 0.5
+    if kind == "softmax":
+        return random(HKV, D, seed=5), random(HKV, l, seed=6), random(HKV, D, Do, seed=7) / D**0.5
     up, down = random(HKV, l * D, F, seed=6) / (l * D) ** 0.5, random(HKV, F, Do, seed=8) / F**0.5
     return up, random(HKV, F, seed=7), down, random(HKV, Do, seed=9)
 
 
-@pytest.mark.parametrize("kind", ["mean", "linear", "mlp"])
+@pytest.mark.parametrize("kind", ["mean", "linear", "mlp", "softmax"])
 @pytest.mark.parametrize("position", [True, False])
 @pytest.mark.parametrize("place", ["before", "after", "undone", "undone, after"])
 def test_the_newest_block_is_what_a_prefill_compresses(kind: str, position: bool, place: str) -> None:
@@ -77,7 +79,7 @@ def test_the_newest_block_is_what_a_prefill_compresses(kind: str, position: bool
         undo=(cos, sin) if "undone" in place else None, rotate=out_angles if "after" in place else None,
     )  # fmt: skip
     for b, length, block in ((1, 8, 0), (3, 36, 7)):
-        double = tuple(p.double() for p in phi) if kind == "mlp" else None if phi is None else phi.double()
+        double = tuple(p.double() for p in phi) if isinstance(phi, tuple) else None if phi is None else phi.double()
         at = None if offsets is None else offsets.double()
         true = reference.compress(x[b, :, :length].transpose(0, 1).double(), VARIANT, double, at)[-1]
         if "after" in place:
