@@ -98,12 +98,20 @@ def _attention(config: NSAConfig, weights, name: str, h: Tensor, angles, lengths
         for kind in "kv"
     ]
     gates = _linear(weights, f"{name}.g_proj", h).sigmoid().unflatten(1, (config.num_heads, 3))
-    phis = _phis(weights, name, h.dtype)
+    phis = _phis(weights, name, config.compress_kind, h.dtype)
     parts = zip(*(tensor.split(list(lengths)) for tensor in (q, gates, *keys)), angles, strict=True)
     return torch.cat([_one_sequence(config, phis, *part, dense=dense) for part in parts]).flatten(1)
 
 
-def _phis(weights: Weights, name: str, dtype: torch.dtype) -> dict[str, Tensor | tuple[Tensor, ...] | None]:
+COMPRESSION = {
+    "mean": (),
+    "linear": ("weight",),
+    "mlp": ("up.weight", "up.bias", "down.weight", "down.bias"),
+    "softmax": ("score", "bias", "weight"),
+}
+
+
+def _phis(weights: Weights, name: str, kind: str, dtype: torch.dtype) -> dict[str, nsa_kernels.Phi]:
     """What compresses keys and values (see `nsa_kernels.compress`), and the keys' positions within a block."""
 
     def get(part: str) -> Tensor | None:
@@ -111,9 +119,9 @@ def _phis(weights: Weights, name: str, dtype: torch.dtype) -> dict[str, Tensor |
         return None if found is None else found.to(dtype)
 
     found = {"position": get("compress_k.position")}
-    for kind in "kv":
-        perceptron = [get(f"compress_{kind}.{part}") for part in ("up.weight", "up.bias", "down.weight", "down.bias")]
-        found[kind] = get(f"compress_{kind}.weight") if perceptron[0] is None else tuple(perceptron)
+    for side in "kv":
+        parts = tuple(get(f"compress_{side}.{part}") for part in COMPRESSION[kind])
+        found[side] = parts if len(parts) > 1 else parts[0] if parts else None
     return found
 
 
