@@ -33,8 +33,24 @@ class LinearCompression(nn.Module):
         return self.weight
 
 
+class SoftmaxCompression(nn.Module):
+    """phi as attention pooling: a mean with softmax weights, then a linear map, one of each per key head."""
+
+    def __init__(self, heads: int, block: int, width: int, **factory) -> None:
+        super().__init__()
+        self.score = nn.Parameter(torch.empty(heads, width, **factory))
+        self.bias = nn.Parameter(torch.empty(heads, block, **factory))
+        self.weight = nn.Parameter(torch.empty(heads, width, width, **factory))
+
+    def phi(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.score, self.bias, self.weight
+
+
 class MeanCompression(nn.Module):
     """phi as the mean: nothing to learn but, if configured, positions."""
+
+    def __init__(self, heads: int, block: int, width: int, **factory) -> None:
+        super().__init__()
 
     def phi(self) -> None:
         return None
@@ -47,13 +63,17 @@ def _affine(heads: int, inside: int, outside: int, **factory) -> nn.Module:
     return module
 
 
+KINDS = {
+    "mean": MeanCompression,
+    "linear": LinearCompression,
+    "mlp": MLPCompression,
+    "softmax": SoftmaxCompression,
+}
+
+
 def _compression(config: NSAConfig, width: int, keys: bool, **factory) -> nn.Module:
     heads, block = config.num_kv_heads, config.compress_block
-    if config.compress_kind == "mean":
-        module = MeanCompression()
-    else:
-        kind = LinearCompression if config.compress_kind == "linear" else MLPCompression
-        module = kind(heads, block, width, **factory)
+    module = KINDS[config.compress_kind](heads, block, width, **factory)
     module.position = None
     if keys and config.compress_positions:
         module.position = nn.Parameter(torch.empty(heads, block, width, **factory))

@@ -65,7 +65,7 @@ class NSAConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     # Attention variant: the geometry is a Variant's, the rest says what is compressed and how.
-    compress_kind: str = "mean"  # mean | linear | mlp
+    compress_kind: str = "mean"  # mean | linear | mlp | softmax
     compress_positions: bool = False  # learned intra-block positions added to the keys before compression
     compress_rope: str = "before"  # before: roped keys are pooled | after: un-roped, then roped at i*d | none
     branch_kv: bool = False  # separate K/V projections per branch, as in the paper
@@ -113,7 +113,10 @@ class NSAConfig:
             )
         if self.head_dim % 2 or self.head_dim > 256:
             raise ModelError(f"config: head_dim must be even and at most 256, got {self.head_dim}")
-        choices = {"compress_kind": ("mean", "linear", "mlp"), "compress_rope": ("before", "after", "none")}
+        choices = {
+            "compress_kind": ("mean", "linear", "mlp", "softmax"),
+            "compress_rope": ("before", "after", "none"),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ModelError(f"config: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")

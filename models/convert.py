@@ -37,8 +37,8 @@ def convert(source: str | Path, target: str | Path, context: int, dtype: str, **
 
 def to_nsa(dense: DenseSource, context: int, **variant: int | str) -> tuple[NSAConfig, dict[str, Tensor]]:
     """Config and float32 tensors of the NSA model. context: tokens it shall read; beyond the dense model's, RoPE is
-    scaled by dynamic YaRN. variant: fields of NSAConfig (compress_block, compress_rope,
-    select_count, window, ...).
+    scaled by dynamic YaRN. variant: fields of NSAConfig (compress_kind, compress_rope, select_count, window, ...);
+    compress_kind: mean, or linear or softmax, which start as the mean.
     """
     base = dense.config
     scaling = base.rope_scaling
@@ -51,7 +51,7 @@ def to_nsa(dense: DenseSource, context: int, **variant: int | str) -> tuple[NSAC
         factor = 1 << (-(-context // base.max_position_embeddings) - 1).bit_length()
         scaling = RopeScaling(float(factor), base.max_position_embeddings)
     config = replace(base, max_position_embeddings=context, rope_scaling=scaling, gate_bias=True, **variant)
-    return config, dict(dense.tensors) | gates(config)
+    return config, dict(dense.tensors) | gates(config) | means(config)
 
 
 def gates(config: NSAConfig) -> dict[str, Tensor]:
@@ -62,6 +62,30 @@ def gates(config: NSAConfig) -> dict[str, Tensor]:
         out[f"model.layers.{i}.attn.g_proj.weight"] = torch.zeros(3 * config.num_heads, config.hidden_size)
         out[f"model.layers.{i}.attn.g_proj.bias"] = bias.clone()
     return out
+
+
+def means(config: NSAConfig) -> dict[str, Tensor]:
+    """Compression of every layer, learned kinds as the mean. ModelError for a kind that cannot be it."""
+    out = {}
+    for i in range(config.num_hidden_layers):
+        at = f"model.layers.{i}.attn.compress_"
+        for side, width in (("k", config.head_dim), ("v", config.v_head_dim)):
+            out |= {f"{at}{side}.{name}": tensor for name, tensor in _mean(config, width).items()}
+        if config.compress_positions:
+            out[f"{at}k.position"] = torch.zeros(config.num_kv_heads, config.compress_block, config.head_dim)
+    return out
+
+
+def _mean(config: NSAConfig, width: int) -> dict[str, Tensor]:
+    heads, block, identity = config.num_kv_heads, config.compress_block, torch.eye(width)
+    if config.compress_kind == "mean":
+        return {}
+    if config.compress_kind == "linear":
+        return {"weight": identity.repeat(heads, block, 1) / block}
+    if config.compress_kind == "softmax":
+        zeros = {"score": torch.zeros(heads, width), "bias": torch.zeros(heads, block)}
+        return zeros | {"weight": identity.repeat(heads, 1, 1)}
+    raise ModelError("compress_kind mlp cannot start as the mean of a block; convert with mean, linear or softmax")
 
 
 def store(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:

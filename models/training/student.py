@@ -24,14 +24,14 @@ def float_weights(model: NSAModel, dtype: torch.dtype = torch.float32) -> dict[s
 
 
 def fresh_weights(config: NSAConfig, seed: int) -> dict[str, Tensor]:
-    """Random weights: 0.02 for tables, 1/sqrt(inputs) for maps, norms of 1, gates half open."""
+    """Random weights: 0.02 for tables, 1/sqrt(inputs) for maps, norms of 1, gates half open, no scores."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in parameter_shapes(config).items():
         random = torch.randn(shape, generator=generator)
         if "norm." in name:
             weights[name] = torch.ones(shape)
-        elif "g_proj" in name or name.endswith("bias"):
+        elif "g_proj" in name or name.endswith(("bias", "score")):
             weights[name] = torch.zeros(shape)
         elif "embeddings" in name or "position" in name:
             weights[name] = random * 0.02

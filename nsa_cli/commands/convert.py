@@ -29,6 +29,14 @@ import click
     help="Tokens from one compressed key to the next (d).",
 )
 @click.option(
+    "--compress-kind",
+    type=click.Choice(["mean", "linear", "softmax"]),
+    default="mean",
+    show_default=True,
+    help="How a block becomes one key: its mean, a linear map of it, or a mean with softmax weights and a linear map "
+    "after it. The learned kinds start as the mean, for training to change.",
+)
+@click.option(
     "--compress-rope",
     type=click.Choice(["before", "after", "none"]),
     default="before",
@@ -58,6 +66,7 @@ def command(dense: Path, out: Path, context: int, dtype: str, **variant: int | s
     Examples:
       nsa convert SmolLM2-135M-Instruct.Q4_1.gguf smollm2-nsa/
       nsa convert Qwen2.5-0.5B-Instruct/ qwen-nsa/ --context 65536 --dtype int8
+      nsa convert Qwen2.5-0.5B-Instruct/ qwen-nsa/ --dtype float32 --compress-kind softmax
     """
     from nsa_models.convert import convert
 

@@ -15,7 +15,7 @@ from nsa_models.rope import Rope
 SMALL = Variant(compress_block=8, compress_stride=4, select_block=16, select_count=4, window=16)
 KINDS = [
     dict(compression=c, branch_kv=b, compress_rope=r)
-    for c in ("mlp", "linear", "mean")
+    for c in ("mlp", "linear", "softmax", "mean")
     for b in (True, False)
     for r in ("before", "after", "none")
 ]
@@ -50,6 +50,9 @@ def test_it_is_the_same_layer_as_our_models(options):
         select_block=16, select_count=4, window=16,
     )  # fmt: skip
     theirs = Attention(config, 0, dtype=torch.float64).requires_grad_(False)
+    with torch.no_grad():
+        for p in (p for name, p in ours.named_parameters() if "compress" in name):
+            p += 0.1 * torch.randn_like(p)  # softmax weights start equal
     theirs.load_state_dict(ours.state_dict())
     x, T = inputs(75, 24), 75
     cache, rope = Cache(config, T, dtype=torch.float64), Rope(config)
@@ -76,6 +79,12 @@ def test_later_tokens_change_nothing_earlier(options):
     attention(x)[0, 50].sum().backward()
     assert x.grad[0, :51].abs().sum(-1).gt(0).sum() > 16  # more than the window
     assert not x.grad[0, 51:].any()
+
+
+def test_softmax_weights_start_as_the_mean():
+    softmax, mean = (layer(compression=kind, positions=False) for kind in ("softmax", "mean"))
+    mean.load_state_dict({k: v for k, v in softmax.state_dict().items() if "compress" not in k})
+    assert torch.allclose(softmax(inputs(2, 60, 24)), mean(inputs(2, 60, 24)), atol=1e-12)
 
 
 @pytest.mark.parametrize("options", KINDS, ids=str)

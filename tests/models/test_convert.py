@@ -187,6 +187,29 @@ def test_beyond_n_blocks_it_leaves_blocks_out(directory, tmp_path) -> None:
     assert relative(dense, expected[-1]) < 1e-3
 
 
+@pytest.mark.parametrize("block", [32, 24])  # 24: 1/24 is no float
+@pytest.mark.parametrize("kind", ["softmax", "linear"])
+def test_learned_compression_starts_as_the_mean(kind: str, block: int, directory, tmp_path) -> None:
+    """Also where the compressed values are not gated off, and not every block is selected."""
+    source = directory(CONFIGS["llama"])
+    config, window = CONFIGS["llama"], dict(select_count=4, compress_block=block, compress_stride=8)
+    ids = torch.randint(0, config["vocab_size"], (500,), generator=torch.Generator().manual_seed(1))
+    logits = {}
+    for name in ("mean", kind):
+        convert(source, tmp_path / name, 4096, "float32", compress_kind=name, compress_positions=True, **window)
+        model = load_model(tmp_path / name, "cpu", torch.float32)
+        for layer in model.model.layers:
+            layer.attn.g_proj.bias.zero_()
+        logits[name] = model(ids)
+    assert relative(logits[kind], logits["mean"]) < 1e-4
+
+
+def test_a_perceptron_has_no_such_start(directory, tmp_path) -> None:
+    with pytest.raises(ModelError, match="compress_kind mlp cannot start as the mean") as error:
+        convert(directory(CONFIGS["llama"]), tmp_path / "nsa", 4096, "int8", compress_kind="mlp")
+    assert "\n" not in str(error.value) and not (tmp_path / "nsa").exists()
+
+
 @pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 0.05), ("int8", 0.1)])
 def test_narrow_types_stay_near(dtype: str, limit: float, directory, tmp_path) -> None:
     config = CONFIGS["qwen2"]

@@ -22,6 +22,7 @@ CONFIGS = {
     "mean": CONFIG,
     "tied-biased": replace(CONFIG, tie_word_embeddings=True, qkv_bias=True, gate_bias=False),
     "linear-roped-after": replace(CONFIG, compress_kind="linear", compress_positions=True, compress_rope="after"),
+    "softmax": replace(CONFIG, compress_kind="softmax", compress_positions=True),
     "mlp-unroped": replace(CONFIG, compress_kind="mlp", compress_positions=True, compress_rope="none"),
     "paper": replace(CONFIG, branch_kv=True, compress_kind="mlp", compress_positions=True, compress_rope="after"),
     "fla": replace(CONFIG, compress_block=16, compress_stride=16, initial_blocks=0, local_blocks=1),
@@ -234,7 +235,7 @@ def test_parameter_names_are_a_superset_of_flas() -> None:
     [
         ({"num_kv_heads": 4}, "num_heads (6) must be a multiple of num_kv_heads (4)"),
         ({"head_dim": 7}, "head_dim must be even"),
-        ({"compress_kind": "max"}, "compress_kind must be one of mean, linear, mlp"),
+        ({"compress_kind": "max"}, "compress_kind must be one of mean, linear, mlp, softmax"),
         ({"compress_stride": 3}, "compress_block (8) must be a multiple of compress_stride (3)"),
         ({"select_count": 2}, "exceed select_count (2)"),
         ({"windw": 5}, "unknown key 'windw'; did you mean 'window'?"),

@@ -68,8 +68,9 @@ def test_used_as_it_is_and_expanded_agree(inside: int, outside: int, bias: bool,
         torch.testing.assert_close(few, many[:rows], atol=2e-3 * inside**0.5, rtol=1e-2)
 
 
-def test_wide_maps_are_quantized_and_sensitive_ones_kept() -> None:
-    config = NSAConfig(97, 32, 1, 4, 2, 8, 48, qkv_bias=True, gate_bias=True, branch_kv=True, compress_kind="mlp")
+@pytest.mark.parametrize("kind", ["mlp", "linear", "softmax"])
+def test_wide_maps_are_quantized_and_sensitive_ones_kept(kind: str) -> None:
+    config = NSAConfig(97, 32, 1, 4, 2, 8, 48, qkv_bias=True, gate_bias=True, branch_kv=True, compress_kind=kind)
     tensors = {name: torch.ones(shape) for name, shape in parameter_shapes(config).items()}
     packed = quantize(tensors)
     assert tensors.keys() < packed.keys()

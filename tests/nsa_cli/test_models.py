@@ -148,6 +148,13 @@ class TestConvert:
         assert nsa("models", "check", out).code == 0
         fails(nsa("convert", tiny_gguf, out), 5, "exists; remove it or name another place")
 
+    @pytest.mark.parametrize("kind", ["linear", "softmax"])
+    def test_learned_compression(self, nsa, tiny_gguf, tmp_path, kind: str) -> None:
+        out = tmp_path / "out"
+        assert nsa("convert", tiny_gguf, out, "--context", 8192, "--compress-kind", kind).code == 0
+        assert json.loads((out / "config.json").read_text())["compress_kind"] == kind
+        assert nsa("models", "check", out).code == 0
+
     def test_what_cannot_be(self, nsa, tiny_gguf, tmp_path) -> None:
         out = tmp_path / "out"
         fails(nsa("convert", tmp_path / "nowhere", out), 5, "no such checkpoint")

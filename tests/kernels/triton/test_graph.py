@@ -31,6 +31,8 @@ CONFIGS = {
     "mean": CONFIG,
     "tied-biased-yarn": replace(CONFIG, tie_word_embeddings=True, qkv_bias=True, rope_scaling=RopeScaling(8.0, 32)),
     "linear-roped-after": replace(CONFIG, compress_kind="linear", compress_positions=True, compress_rope="after"),
+    "softmax": replace(CONFIG, compress_kind="softmax"),
+    "softmax-roped-after": replace(CONFIG, compress_kind="softmax", compress_positions=True, compress_rope="after"),
     "mlp-unroped": replace(CONFIG, compress_kind="mlp", compress_positions=True, compress_rope="none"),
     "paper": replace(CONFIG, branch_kv=True, compress_kind="mlp", compress_positions=True, compress_rope="after"),
     "branches-roped-before": replace(CONFIG, branch_kv=True, window=0),

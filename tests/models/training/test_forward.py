@@ -7,7 +7,8 @@ import torch
 
 from nsa_models.config import RopeScaling
 from nsa_models.training.forward import hidden_states, output_logits
-from nsa_models.transformer import NSAModel
+from nsa_models.training.student import fresh_weights
+from nsa_models.transformer import NSAModel, parameter_shapes
 from tests.models.tiny import CONFIG, random_model
 
 VARIANTS = {
@@ -15,6 +16,8 @@ VARIANTS = {
     "tied": dict(tie_word_embeddings=True, qkv_bias=True, v_head_dim=4),
     "paper": dict(branch_kv=True, compress_kind="mlp", compress_positions=True, compress_rope="none"),
     "linear": dict(compress_kind="linear", compress_rope="after"),
+    "softmax": dict(compress_kind="softmax", v_head_dim=4),
+    "softmax, after": dict(compress_kind="softmax", compress_positions=True, compress_rope="after"),
     "own keys, after": dict(branch_kv=True, compress_rope="after", compress_kind="mlp"),
     "own keys, before": dict(branch_kv=True, compress_rope="before", window=0),
     "scaled": dict(rope_scaling=RopeScaling(4.0, 64), compress_rope="after"),
@@ -51,7 +54,7 @@ def test_dense_is_inference_with_dense_attention():
     assert (sparse - got).abs().max() > 1e-3, "the test would not see the difference"
 
 
-@pytest.mark.parametrize("name", ["shared", "paper"])
+@pytest.mark.parametrize("name", ["shared", "paper", "softmax"])
 def test_gradients_are_those_of_finite_differences(name):
     """Selection is piecewise constant: away from a change of blocks the loss is smooth."""
     made = model(**VARIANTS[name])
@@ -70,6 +73,18 @@ def test_gradients_are_those_of_finite_differences(name):
             up, down = (loss(weights | {key: value + step * direction}) for step in (1e-6, -1e-6))
         slope = (value.grad * direction).sum()
         torch.testing.assert_close(slope, (up - down) / 2e-6, rtol=1e-4, atol=1e-7, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("kind", ["mean", "linear", "mlp", "softmax"])
+def test_fresh_weights_learn_in_every_part(kind):
+    config = replace(CONFIG, compress_kind=kind, compress_positions=True, v_head_dim=4)
+    weights = {k: v.requires_grad_() for k, v in fresh_weights(config, 0).items()}
+    assert {k: v.shape for k, v in weights.items()} == parameter_shapes(config)
+    ids = torch.randint(97, (100,), generator=torch.Generator().manual_seed(2))
+    x = hidden_states(config, weights, ids, [60, 40])
+    torch.nn.functional.cross_entropy(output_logits(config, weights, x)[:-1], ids[1:]).backward()
+    for name, weight in weights.items():
+        assert weight.grad is not None and weight.grad.isfinite().all() and weight.grad.any(), name
 
 
 def test_recomputing_layers_changes_no_gradient():
