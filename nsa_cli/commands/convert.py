@@ -54,6 +54,13 @@ import click
     help="Blocks a query reads, forced ones included (n).",
 )
 @click.option(
+    "--local-blocks",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="Blocks read in any case: the token's own and those right before it.",
+)
+@click.option(
     "--window", type=click.IntRange(0), default=512, show_default=True, help="Tokens of the sliding window (w)."
 )
 def command(dense: Path, out: Path, context: int, dtype: str, **variant: int | str) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -161,6 +162,40 @@ def test_the_shipped_delta_in_slices(run_folder, tiny_checkpoint, nsa):
     changed = {name for name in start if not torch.equal(start[name], got[name])}
     assert any("q_proj" in name for name in changed) and not any("g_proj" in name for name in changed)
     assert (run_folder / "run" / "delta.safetensors").is_file()
+    assert nsa("models", "check", run_folder / "run" / "checkpoint").code == 0
+
+
+def test_the_shipped_selection_teaches_compression_alone(run_folder, tiny_checkpoint, nsa):
+    """`nsa train selection` as it is, but for a tiny model, texts of the test and an 8th of its lengths, few steps."""
+    from nsa_models import load_model
+    from nsa_models.checkpoint import save_checkpoint
+    from nsa_models.convert import means
+    from nsa_models.dense import TOKENIZER_FILES
+    from nsa_models.training.student import float_weights
+
+    shipped = yaml.safe_load((files("nsa_models") / "training" / "configs" / "selection.yaml").read_text("utf-8"))
+    for stage in shipped["curriculum"]:
+        stage |= {"length": stage["length"] // 8, "steps": 2}
+    shipped["data"]["texts"] = [{"path": str(run_folder / "texts")}]
+    start = run_folder / "start"
+    shipped |= {"model": str(start), "out": str(run_folder / "run")}
+    (run_folder / "run.yaml").write_text(yaml.safe_dump(shipped))
+    shutil.copytree(tiny_checkpoint, start)
+    refused = nsa("train", run_folder / "run.yaml")
+    assert refused.code == 3 and "nsa convert --compress-kind softmax" in refused.err and refused.err.count("\n") == 1
+    shutil.rmtree(start)
+    model = load_model(tiny_checkpoint, "cpu", torch.float32)
+    config = replace(model.config, compress_kind="softmax")
+    tensors = float_weights(model) | means(config)
+    paths = [tiny_checkpoint / name for name in TOKENIZER_FILES]
+    tokenizer = {path.name: path.read_bytes() for path in paths if path.is_file()}
+    save_checkpoint(start, config, tensors, tokenizer)
+    assert nsa("train", run_folder / "run.yaml").code == 0
+    assert all({"select", "loss"} <= record.keys() for record in metrics(run_folder))
+    got = outcome(run_folder)
+    changed = {name for name, tensor in tensors.items() if not torch.equal(tensor, got[name])}
+    assert changed and all(".compress_k." in name for name in changed)
+    assert changed < load_file(run_folder / "run" / "delta.safetensors").keys()
     assert nsa("models", "check", run_folder / "run" / "checkpoint").code == 0
 
 
