@@ -10,7 +10,7 @@ from nsa_models import Cache, NSAConfig, Sampling, decode, prefill
 from nsa_models.config import RopeScaling
 from nsa_models.cost import cache_bytes
 from nsa_models.errors import BudgetError, ModelError
-from nsa_models.linear import Linear
+from nsa_models.linear import Linear, int8_linear
 from nsa_models.quantize import quantize
 from nsa_models.step import Step
 from nsa_models.transformer import NSAModel, parameter_shapes
@@ -215,6 +215,16 @@ def test_int8_linear_few_rows_and_many_rows_agree() -> None:
     expected = x @ (layer.weight.float() * layer.weight_scale[:, None]).T + layer.bias
     torch.testing.assert_close(layer(x), expected)
     torch.testing.assert_close(layer(x[:2]), expected[:2], atol=0.02, rtol=0.01)  # bfloat16 result
+
+
+@pytest.mark.parametrize("outputs", [1, 3, 4, 317])
+@pytest.mark.parametrize("offset", [0, 4, 8])
+def test_int8_weights_may_lie_anywhere_in_a_file(outputs: int, offset: int) -> None:
+    """torch's kernel ended the process on 317 outputs at an address that is no multiple of 16."""
+    weight = torch.randint(-127, 128, (outputs * 64 + offset,), dtype=torch.int8)[offset:].view(outputs, 64)
+    scale, x = (torch.rand(outputs) / 100).bfloat16().float(), torch.randn(2, 64).bfloat16().float()
+    expected = x @ (weight.float() * scale[:, None]).T
+    torch.testing.assert_close(int8_linear(x, weight, scale), expected, atol=0.05, rtol=0.01)
 
 
 def test_parameter_names_are_a_superset_of_flas() -> None:
