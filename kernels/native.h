@@ -238,10 +238,11 @@ static void NAME(attend)(
     const void *k, int64_t k_stride, const void *v, int64_t v_stride, const int32_t *list, int64_t n, int64_t window)
 {
     int64_t G = h->G, words = h->D / PER_WORD, padded = round_up(count, PW), at_once = larger(1, BATCH_ROWS / G);
+    int64_t live = round_up(count, VL); /* a block of half a panel takes half the exponentials and value products */
     size_t size = h->kv_bf16 ? 2 : 4;
     NAME(pack_keys)(b->keys, (const char *)k + key0 * k_stride * size, h->kv_bf16, k_stride, count, padded, h->D);
     NAME(pack_values)(
-        b->values, (const char *)v + key0 * v_stride * size, h->kv_bf16, v_stride, count, padded, h->Dv, width / PW);
+        b->values, (const char *)v + key0 * v_stride * size, h->kv_bf16, v_stride, count, live, h->Dv, width / PW);
     for (int64_t start = 0; start < n; start += at_once) {
         int64_t queries = smaller(n - start, at_once), rows = queries * G;
         for (int64_t r = 0; r < rows; r++) {
@@ -256,9 +257,9 @@ static void NAME(attend)(
             int64_t t = list[start + r / G], row = t * G + r % G;
             int64_t end = h->offset + t - key0 + 1, lo = window ? larger(0, end - window) : 0;
             b->alpha[r] = NAME(update)(
-                b->c[r], (WORD *)b->pa[r], lo, smaller(end, count), padded, h->scale, state->l + row * VL, state->m + row);
+                b->c[r], (WORD *)b->pa[r], lo, smaller(end, count), live, h->scale, state->l + row * VL, state->m + row);
         }
-        NAME(gemm)(rows, b->pa, b->values, width / PW, padded / PER_WORD * PW, padded / PER_WORD, b->o, b->alpha);
+        NAME(gemm)(rows, b->pa, b->values, width / PW, live / PER_WORD * PW, live / PER_WORD, b->o, b->alpha);
     }
 }
 
