@@ -16,45 +16,58 @@
 
 /* c[r] = alpha[r] c[r] + a[r] b for `rows` rows (a constant) and one panel b; alpha NULL: c[r] = a[r] b. */
 static inline __attribute__((always_inline)) void NAME(tile)(
-    int rows, const WORD *const *a, const WORD *b, int64_t words, float *const *c, int64_t column, const float *alpha)
+    int rows, int vectors, const WORD *const *a, const WORD *b, int64_t words, float *const *c, int64_t column, const float *alpha)
 {
     vf acc[MR][NV];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; j++) acc[r][j] = alpha ? load(c[r] + column + j * VL) * alpha[r] : splat(0);
+        for (int j = 0; j < vectors; j++) acc[r][j] = alpha ? load(c[r] + column + j * VL) * alpha[r] : splat(0);
     for (int64_t p = 0; p < words; p++) {
         WORDS column_words[NV];
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; j++) memcpy(&column_words[j], b + p * PW + j * VL, sizeof(WORDS));
+        for (int j = 0; j < vectors; j++) memcpy(&column_words[j], b + p * PW + j * VL, sizeof(WORDS));
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-            for (int j = 0; j < NV; j++) acc[r][j] = FMA(acc[r][j], a[r][p], column_words[j]);
+            for (int j = 0; j < vectors; j++) acc[r][j] = FMA(acc[r][j], a[r][p], column_words[j]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; j++) store(c[r] + column + j * VL, acc[r][j]);
+        for (int j = 0; j < vectors; j++) store(c[r] + column + j * VL, acc[r][j]);
 }
 
 /* The same for any rows and `panels` panels, `stride` words apart. */
-static void NAME(gemm)(
-    int64_t rows, const WORD *const *a, const WORD *b, int64_t panels, int64_t stride, int64_t words, float *const *c,
+static inline __attribute__((always_inline)) void NAME(panels)(
+    int vectors, int64_t rows, const WORD *const *a, const WORD *b, int64_t panels, int64_t stride, int64_t words, float *const *c,
     const float *alpha)
 {
     for (int64_t n = 0; n < panels; n++, b += stride) {
         int64_t r = 0, column = n * PW;
-        for (; r + MR <= rows; r += MR) NAME(tile)(MR, a + r, b, words, c + r, column, alpha ? alpha + r : NULL);
+        for (; r + MR <= rows; r += MR) NAME(tile)(MR, vectors, a + r, b, words, c + r, column, alpha ? alpha + r : NULL);
         const float *rest = alpha ? alpha + r : NULL;
         switch (rows - r) {
-        case 5: NAME(tile)(5, a + r, b, words, c + r, column, rest); break;
-        case 4: NAME(tile)(4, a + r, b, words, c + r, column, rest); break;
-        case 3: NAME(tile)(3, a + r, b, words, c + r, column, rest); break;
-        case 2: NAME(tile)(2, a + r, b, words, c + r, column, rest); break;
-        case 1: NAME(tile)(1, a + r, b, words, c + r, column, rest); break;
+        case 5: NAME(tile)(5, vectors, a + r, b, words, c + r, column, rest); break;
+        case 4: NAME(tile)(4, vectors, a + r, b, words, c + r, column, rest); break;
+        case 3: NAME(tile)(3, vectors, a + r, b, words, c + r, column, rest); break;
+        case 2: NAME(tile)(2, vectors, a + r, b, words, c + r, column, rest); break;
+        case 1: NAME(tile)(1, vectors, a + r, b, words, c + r, column, rest); break;
         }
     }
+}
+
+static void NAME(gemm)(
+    int64_t rows, const WORD *const *a, const WORD *b, int64_t panels, int64_t stride, int64_t words, float *const *c,
+    const float *alpha)
+{
+    NAME(panels)(NV, rows, a, b, panels, stride, words, c, alpha);
+}
+
+/* Products with the first half of one panel. */
+static void NAME(half)(int64_t rows, const WORD *const *a, const WORD *b, int64_t words, float *const *c)
+{
+    NAME(panels)(NV / 2, rows, a, b, 1, 0, words, c, NULL);
 }
 
 /* Element i of a row of floats or bfloat16, in this type's element. */
@@ -238,10 +251,11 @@ static void NAME(attend)(
     const void *k, int64_t k_stride, const void *v, int64_t v_stride, const int32_t *list, int64_t n, int64_t window)
 {
     int64_t G = h->G, words = h->D / PER_WORD, padded = round_up(count, PW), at_once = larger(1, BATCH_ROWS / G);
+    int64_t live = round_up(count, VL); /* a block of half a panel takes half the exponentials and value products */
     size_t size = h->kv_bf16 ? 2 : 4;
     NAME(pack_keys)(b->keys, (const char *)k + key0 * k_stride * size, h->kv_bf16, k_stride, count, padded, h->D);
     NAME(pack_values)(
-        b->values, (const char *)v + key0 * v_stride * size, h->kv_bf16, v_stride, count, padded, h->Dv, width / PW);
+        b->values, (const char *)v + key0 * v_stride * size, h->kv_bf16, v_stride, count, live, h->Dv, width / PW);
     for (int64_t start = 0; start < n; start += at_once) {
         int64_t queries = smaller(n - start, at_once), rows = queries * G;
         for (int64_t r = 0; r < rows; r++) {
@@ -251,14 +265,15 @@ static void NAME(attend)(
             b->pa[r] = b->p + r * padded / PER_WORD;
             b->o[r] = state->o + (t * G + r % G) * width;
         }
-        NAME(gemm)(rows, b->a, b->keys, padded / PW, words * PW, words, b->c, NULL);
+        if (live <= PW / 2) NAME(half)(rows, b->a, b->keys, words, b->c);
+        else NAME(gemm)(rows, b->a, b->keys, padded / PW, words * PW, words, b->c, NULL);
         for (int64_t r = 0; r < rows; r++) {
             int64_t t = list[start + r / G], row = t * G + r % G;
             int64_t end = h->offset + t - key0 + 1, lo = window ? larger(0, end - window) : 0;
             b->alpha[r] = NAME(update)(
-                b->c[r], (WORD *)b->pa[r], lo, smaller(end, count), padded, h->scale, state->l + row * VL, state->m + row);
+                b->c[r], (WORD *)b->pa[r], lo, smaller(end, count), live, h->scale, state->l + row * VL, state->m + row);
         }
-        NAME(gemm)(rows, b->pa, b->values, width / PW, padded / PER_WORD * PW, padded / PER_WORD, b->o, b->alpha);
+        NAME(gemm)(rows, b->pa, b->values, width / PW, live / PER_WORD * PW, live / PER_WORD, b->o, b->alpha);
     }
 }
 
