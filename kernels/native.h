@@ -16,7 +16,8 @@
 
 /* c[r] = alpha[r] c[r] + a[r] b for `rows` rows (a constant) and one panel b; alpha NULL: c[r] = a[r] b. */
 static inline __attribute__((always_inline)) void NAME(tile)(
-    int rows, int vectors, const WORD *const *a, const WORD *b, int64_t words, float *const *c, int64_t column, const float *alpha)
+    int rows, int vectors, const WORD *const *a, const WORD *b, int64_t words, float *const *c, int64_t column,
+    const float *alpha)
 {
     vf acc[MR][NV];
 #pragma GCC unroll 8
@@ -40,12 +41,13 @@ static inline __attribute__((always_inline)) void NAME(tile)(
 
 /* The same for any rows and `panels` panels, `stride` words apart. */
 static inline __attribute__((always_inline)) void NAME(panels)(
-    int vectors, int64_t rows, const WORD *const *a, const WORD *b, int64_t panels, int64_t stride, int64_t words, float *const *c,
-    const float *alpha)
+    int vectors, int64_t rows, const WORD *const *a, const WORD *b, int64_t panels, int64_t stride, int64_t words,
+    float *const *c, const float *alpha)
 {
     for (int64_t n = 0; n < panels; n++, b += stride) {
         int64_t r = 0, column = n * PW;
-        for (; r + MR <= rows; r += MR) NAME(tile)(MR, vectors, a + r, b, words, c + r, column, alpha ? alpha + r : NULL);
+        for (; r + MR <= rows; r += MR)
+            NAME(tile)(MR, vectors, a + r, b, words, c + r, column, alpha ? alpha + r : NULL);
         const float *rest = alpha ? alpha + r : NULL;
         switch (rows - r) {
         case 5: NAME(tile)(5, vectors, a + r, b, words, c + r, column, rest); break;
@@ -271,7 +273,8 @@ static void NAME(attend)(
             int64_t t = list[start + r / G], row = t * G + r % G;
             int64_t end = h->offset + t - key0 + 1, lo = window ? larger(0, end - window) : 0;
             b->alpha[r] = NAME(update)(
-                b->c[r], (WORD *)b->pa[r], lo, smaller(end, count), live, h->scale, state->l + row * VL, state->m + row);
+                b->c[r], (WORD *)b->pa[r], lo, smaller(end, count), live, h->scale, state->l + row * VL,
+                state->m + row);
         }
         NAME(gemm)(rows, b->pa, b->values, width / PW, live / PER_WORD * PW, live / PER_WORD, b->o, b->alpha);
     }
@@ -293,6 +296,14 @@ static inline int NAME(open)(const nsa_call *h, int64_t t, int which)
     const float closed = BF16 ? 0x1p-20f : 0;
     for (int64_t r = t * h->G; r < (t + 1) * h->G; r++)
         if (!(NAME(gate)(h, r, which) <= closed)) return 1;
+    return 0;
+}
+
+/* Whether a branch counts for any of `count` queries. */
+static int NAME(any_open)(const nsa_call *h, int64_t first, int64_t count, int which)
+{
+    for (int64_t t = first; t < first + count; t++)
+        if (NAME(open)(h, t, which)) return 1;
     return 0;
 }
 
@@ -321,7 +332,8 @@ static void NAME(compressed)(const nsa_call *h, float *acc, int64_t width, arena
     memset(group, 0, (mapped_keys + 2 * margin) * sizeof(float));
     group += margin;
     NAME(pack_keys)(b.keys, h->k_cmp, h->cmp_bf16, h->k_cmp_stride, NC, padded, h->D);
-    NAME(pack_values)(b.values, h->v_cmp, h->cmp_bf16, h->v_cmp_stride, NC, padded, h->Dv, width / PW);
+    if (NAME(any_open)(h, 0, h->T, 0))
+        NAME(pack_values)(b.values, h->v_cmp, h->cmp_bf16, h->v_cmp_stride, NC, padded, h->Dv, width / PW);
     for (int64_t start = 0; start < h->T; start += at_once) {
         int64_t queries = smaller(h->T - start, at_once), rows = queries * G;
         int64_t most = round_up(visible(h, h->offset + start + queries - 1), PW); /* that any of them sees */
@@ -348,9 +360,7 @@ static void NAME(compressed)(const nsa_call *h, float *acc, int64_t width, arena
             }
             choose(h, start + i, group, round_up(((h->offset + start + i) / h->block + 1) * (h->block / h->d), VL), mapped);
         }
-        int any = 0;
-        for (int64_t i = 0; i < queries; i++) any |= NAME(open)(h, start + i, 0);
-        if (!any) {
+        if (!NAME(any_open)(h, start, queries, 0)) {
             memset(acc + start * G * width, 0, rows * width * sizeof(float));
             continue;
         }

@@ -21,6 +21,8 @@ VARIANTS = {
     "forced-only": Variant(8, 8, 16, 3, 1, 2, 7),
     "no-window": Variant(8, 8, 32, 4, 0, 1, 0),
     "wide-overlap": Variant(32, 8, 16, 6, 2, 1, 100),
+    "half-panel": Variant(16, 16, 32, 6, 1, 3, 20),  # of the compiled code's 64 columns
+    "three-quarters": Variant(16, 16, 48, 4, 1, 1, 30),
 }
 # T queries, S keys, HQ, HKV, D, Dv: group sizes 1, 2, 3, 7, 16; odd lengths; d_qk != d_v
 SHAPES = {
