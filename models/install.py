@@ -10,13 +10,13 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 
 from nsa_models.errors import ModelError, NSAError
 
-CARD = "MODEL_CARD.md"
+CARD, VERSION = "MODEL_CARD.md", "VERSION"
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,22 @@ class Manifest:
 
 def manifests() -> dict[str, Manifest]:
     """Every built-in model by name."""
-    folder = resources.files("nsa_models") / "builtin"
-    found = [Manifest(**json.loads(f.read_text("utf-8"))) for f in folder.iterdir() if f.name.endswith(".json")]
+    found = [Manifest(**json.loads(f.read_text("utf-8"))) for f in _folder().iterdir() if f.name.endswith(".json")]
     return {m.name: m for m in sorted(found, key=lambda m: m.name)}
+
+
+def version(manifest: Manifest) -> str:
+    """sha256 of all that this release of a built-in model is made of, beside its base's file: manifest and delta."""
+    digest = hashlib.sha256(json.dumps(asdict(manifest), sort_keys=True).encode())
+    if manifest.delta:
+        digest.update((_folder() / manifest.delta).read_bytes())
+    return digest.hexdigest()
+
+
+def is_current(name: str, target: Path) -> bool:
+    """Whether `target` holds this release of a built-in model, and not an earlier one."""
+    file = target / VERSION
+    return file.is_file() and name in manifests() and file.read_text("utf-8").strip() == version(manifests()[name])
 
 
 def install(
@@ -110,9 +123,14 @@ def _build(manifest: Manifest, base: Path, target: Path, replace: bool) -> None:
 
     dense = read_dense(base)
     config, tensors = to_nsa(dense, manifest.context, **manifest.variant)
-    folder = resources.files("nsa_models") / "builtin"
     if manifest.delta:
-        with resources.as_file(folder / manifest.delta) as file:
+        with resources.as_file(_folder() / manifest.delta) as file:
             tensors = merge_delta(tensors, file, manifest.base["sha256"])
-    card = (folder / f"{manifest.name}.md").read_bytes()
-    save_checkpoint(target, config, store(tensors, manifest.dtype), dense.files | {CARD: card}, replace)
+    card = (_folder() / f"{manifest.name}.md").read_bytes()
+    files = dense.files | {CARD: card, VERSION: version(manifest).encode() + b"\n"}
+    save_checkpoint(target, config, store(tensors, manifest.dtype), files, replace)
+
+
+def _folder():
+    """Manifests, model cards and deltas, as importlib's resources."""
+    return resources.files("nsa_models") / "builtin"

@@ -41,19 +41,23 @@ def command(context: click.Context) -> None:
 @click.option("--base", type=click.Path(path_type=Path), help="The base model's file, instead of downloading it.")
 @click.option("--force", is_flag=True, help="Write it anew if it is installed already.")
 def install(name: str, base: Path | None, force: bool) -> None:
-    """Install a built-in model (NAME, by default the only one) under the user's data directory.
+    """Install a built-in model (NAME, by default the only one) under the user's data directory. One of an earlier
+    release is replaced; if that fails, it stays.
 
     \b
       nsa models install
       nsa models install --base SmolLM2-135M-Instruct.Q4_1.gguf
     """
-    from nsa_models.install import install
+    from nsa_models.install import install, is_current
 
     target = models_dir() / name
-    if (target / "config.json").is_file() and not force:
-        click.echo(f"{name} is installed: {target}", err=True)
-        return
-    install(name, target, base, replace=force, say=lambda text: click.echo(f"{name}: {text}", err=True))
+    there = (target / "config.json").is_file()
+    if there and not force:
+        if is_current(name, target):
+            click.echo(f"{name} is installed: {target}", err=True)
+            return
+        click.echo(f"{name}: what is installed is of an earlier release; writing it anew", err=True)
+    install(name, target, base, replace=there, say=lambda text: click.echo(f"{name}: {text}", err=True))
     click.echo(f"installed {target}", err=True)
 
 

@@ -71,6 +71,9 @@ def test_a_base_at_hand(builtin, tiny_gguf, tmp_path) -> None:
     config = load_model(target).config
     assert (config.select_count, config.max_position_embeddings, config.rope_scaling.factor) == (4, 8192, 2.0)
     assert list(check(target))[-1].startswith("computes in")
+    assert install.is_current("tiny", target) and not install.is_current("another", target)
+    builtin(delta={})
+    assert not install.is_current("tiny", target)
     assert nothing_but(tmp_path, "models") and [p.name for p in (tmp_path / "models").iterdir()] == ["tiny"]
 
 

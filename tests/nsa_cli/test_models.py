@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nsa_cli.settings import BUILTIN
+from nsa_models.install import VERSION, manifests, version
 
 
 @pytest.fixture
@@ -134,10 +135,20 @@ class TestInstall:
         assert not data.exists()
 
     def test_installed_already(self, nsa, installed) -> None:
-        installed.rename(installed.with_name(BUILTIN))
+        there = installed.rename(installed.with_name(BUILTIN))
+        (there / VERSION).write_text(version(manifests()[BUILTIN]) + "\n")
         run = nsa("models", "install", "--base", "nowhere")
         assert (run.code, run.out) == (0, "") and run.err.startswith(f"{BUILTIN} is installed: ")
         fails(nsa("models", "install", "--base", "nowhere", "--force"), 5, "No such file")
+
+    @pytest.mark.parametrize("noted", [None, "of another release\n"])
+    def test_an_earlier_release_is_replaced_or_stays(self, nsa, installed, noted: str | None) -> None:
+        there = installed.rename(installed.with_name(BUILTIN))
+        if noted:
+            (there / VERSION).write_text(noted)
+        run = nsa("models", "install", "--base", "nowhere")
+        assert run.code == 5 and "of an earlier release; writing it anew\n" in run.err and "No such file" in run.err
+        assert nsa("models", "check", there).code == 0
 
 
 class TestConvert:
