@@ -48,7 +48,7 @@ def version(manifest: Manifest) -> str:
 def is_current(name: str, target: Path) -> bool:
     """Whether `target` holds this release of a built-in model, and not an earlier one."""
     file = target / VERSION
-    return file.is_file() and name in manifests() and file.read_text("utf-8").strip() == version(manifests()[name])
+    return file.is_file() and name in manifests() and file.read_bytes().strip() == version(manifests()[name]).encode()
 
 
 def install(
@@ -68,6 +68,8 @@ def install(
     manifest = manifests()[name]
     if target.exists() and not replace:
         raise ModelError(f"{target} exists; give --force to write it anew")
+    if target.exists() and not is_current(name, target):
+        say("what is installed is of an earlier release; writing it anew")
     try:
         with tempfile.TemporaryDirectory(prefix="nsa-install-") as scratch:
             if base is None:

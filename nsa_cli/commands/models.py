@@ -52,11 +52,9 @@ def install(name: str, base: Path | None, force: bool) -> None:
 
     target = models_dir() / name
     there = (target / "config.json").is_file()
-    if there and not force:
-        if is_current(name, target):
-            click.echo(f"{name} is installed: {target}", err=True)
-            return
-        click.echo(f"{name}: what is installed is of an earlier release; writing it anew", err=True)
+    if is_current(name, target) and there and not force:
+        click.echo(f"{name} is installed: {target}", err=True)
+        return
     install(name, target, base, replace=there, say=lambda text: click.echo(f"{name}: {text}", err=True))
     click.echo(f"installed {target}", err=True)
 

@@ -141,11 +141,14 @@ class TestInstall:
         assert (run.code, run.out) == (0, "") and run.err.startswith(f"{BUILTIN} is installed: ")
         fails(nsa("models", "install", "--base", "nowhere", "--force"), 5, "No such file")
 
-    @pytest.mark.parametrize("noted", [None, "of another release\n"])
-    def test_an_earlier_release_is_replaced_or_stays(self, nsa, installed, noted: str | None) -> None:
+    def test_a_model_of_ones_own_is_no_earlier_release(self, nsa, installed) -> None:
+        fails(nsa("models", "install", installed.name), 5, f"no built-in model 'tiny'; there is {BUILTIN}")
+
+    @pytest.mark.parametrize("noted", [None, b"of another release\n", b"\xff"])
+    def test_an_earlier_release_is_replaced_or_stays(self, nsa, installed, noted: bytes | None) -> None:
         there = installed.rename(installed.with_name(BUILTIN))
         if noted:
-            (there / VERSION).write_text(noted)
+            (there / VERSION).write_bytes(noted)
         run = nsa("models", "install", "--base", "nowhere")
         assert run.code == 5 and "of an earlier release; writing it anew\n" in run.err and "No such file" in run.err
         assert nsa("models", "check", there).code == 0
