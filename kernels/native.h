@@ -14,7 +14,8 @@
 #define FMA(acc, a, b) ((acc) + (a) * (b))
 #endif
 
-/* c[r] = alpha[r] c[r] + a[r] b for `rows` rows (a constant) and one panel b; alpha NULL: c[r] = a[r] b. */
+/* c[r] = alpha[r] c[r] + a[r] b for `rows` rows and the first `vectors` of a panel b (constants both); alpha NULL:
+ * c[r] = a[r] b. */
 static inline __attribute__((always_inline)) void NAME(tile)(
     int rows, int vectors, const WORD *const *a, const WORD *b, int64_t words, float *const *c, int64_t column,
     const float *alpha)

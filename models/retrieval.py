@@ -68,5 +68,9 @@ class RetrievalMass:
 
 def block_mass(q: Tensor, k: Tensor, size: int) -> Tensor:
     """Softmax mass of each block of `size` keys, summed over queries: (NB,). q: (T, D); k: (S, D)."""
-    mass = torch.softmax(q * q.shape[1] ** -0.5 @ k.T, -1).sum(0)
-    return torch.nn.functional.pad(mass, (0, -k.shape[0] % size)).view(-1, size).sum(1)
+    return by_block(torch.softmax(q * q.shape[1] ** -0.5 @ k.T, -1).sum(0), size)
+
+
+def by_block(mass: Tensor, size: int) -> Tensor:
+    """(..., S) of tokens summed over each block of `size`: (..., NB)."""
+    return torch.nn.functional.pad(mass, (0, -mass.shape[-1] % size)).unflatten(-1, (-1, size)).sum(-1)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nsa_kernels.reference import block_importance
 from nsa_models.config import NSAConfig
+from nsa_models.retrieval import by_block
 from nsa_models.training.batch import Batch
 from nsa_models.training.forward import Keys, Weights, hidden_states
 
@@ -54,7 +55,7 @@ def divergence(config: NSAConfig, keys: Keys, rows: Tensor) -> Tensor:
     free = free_blocks(config, rows, blocks)[:, None]
     with torch.no_grad():
         p = probabilities(keys.q[rows], keys.k, rows + 1)
-        wanted = block_mass(p, HKV, variant.select_block, blocks) * free
+        wanted = by_block(p.unflatten(1, (HKV, -1)).sum(2), variant.select_block) * free
     k_cmp = keys.compressed()
     seen = (rows + 1 - variant.compress_block) // variant.compress_stride + 1
     p = probabilities(keys.q_cmp[rows], k_cmp, seen)
@@ -80,9 +81,3 @@ def probabilities(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
     logits = torch.einsum("rhgd,nhd->rhgn", grouped, k.to(compute)).flatten(1, 2)
     hidden = torch.arange(k.shape[0], device=q.device) >= seen[:, None, None]
     return logits.masked_fill(hidden, -torch.inf).softmax(-1)
-
-
-def block_mass(p: Tensor, heads: int, block: int, blocks: int) -> Tensor:
-    """(R, HQ, S) summed over each block's tokens and each group's heads: (R, heads, blocks)."""
-    group = p.unflatten(1, (heads, -1)).sum(2)
-    return torch.nn.functional.pad(group, (0, blocks * block - p.shape[-1])).unflatten(-1, (blocks, block)).sum(-1)
