@@ -61,15 +61,16 @@ def test_the_log_is_searched_by_words_of_question_and_answer(nsa, tmp_path, monk
     (tmp_path / "a b.txt").write_text("the quick fox\n")
     log = tmp_path / "runs.jsonl"
     monkeypatch.setenv("NSA_LOG", str(log))
-    answer = nsa("ask", tmp_path / "a b.txt", *ASK).out.strip()
-    assert nsa("ask", tmp_path / "a b.txt", "Who runs?", "--max-tokens", 8).code == 0
+    # Words that the test's model, whose answers are of any words that it has, does not answer with.
+    answer = nsa("ask", tmp_path / "a b.txt", "who is no-4711?", "--max-tokens", 8).out.strip()
+    assert nsa("ask", tmp_path / "a b.txt", "Who is no-4712?", "--max-tokens", 8).code == 0
     assert nsa("plan", tmp_path / "nowhere").code == 3
     shown = nsa("log")
     assert shown.code == 0 and [line[:2] for line in shown.out.splitlines()] == ["20", "  ", "20", "  ", "20"]
-    assert f"nsa ask '{tmp_path}/a b.txt' 'who jumps?' --max-tokens 8\n  {answer}\n" in shown.out
-    found = nsa("log", "RUNS", "ask")
-    assert "Who runs?" in found.out and found.out.count("nsa ask") == 1
-    assert nsa("log", answer.split()[0], "jumps").out.count("\n") == 2
+    assert f"nsa ask '{tmp_path}/a b.txt' 'who is no-4711?' --max-tokens 8\n  {answer}\n" in shown.out
+    found = nsa("log", "NO-4712", "ask")
+    assert "Who is no-4712?" in found.out and found.out.count("nsa ask") == 1
+    assert nsa("log", answer.split()[0], "no-4711").out.count("\n") == 2
     assert nsa("log", "nothing-like-this").out == ""
     failed = nsa("log", "--failed")
     assert failed.out.count("\n") == 1 and failed.out.endswith("nowhere  exit code 3\n")
