@@ -1,7 +1,7 @@
 """The one seam: tensors in, tensors out. The tensor at the call decides which implementation runs.
 
 The same signatures in `gpu` (Triton; a CUDA or HIP tensor), `native` (C; a CPU's, where the machine has a compiler),
-`cpu` (blocked torch operations, anywhere) and `reference` (the equations; float64, and gradients on a CPU).
+`cpu` (blocked torch operations, anywhere), `masked` (gradients on a CPU) and `reference` (the equations; float64).
 """
 
 import importlib
@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from nsa_kernels import cpu, native, reference
+from nsa_kernels import cpu, masked, native, reference
 from nsa_kernels.packing import Packing
 from nsa_kernels.reference import Phi
 from nsa_kernels.variant import Variant
@@ -26,7 +26,7 @@ def _implementation(x: Tensor, *others: Tensor | None) -> ModuleType:
     if x.is_cuda:  # HIP devices say so too
         return importlib.import_module("nsa_kernels.gpu")  # Triton is loaded where it is used
     learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others))
-    return reference if learning else cpu
+    return masked if learning else cpu
 
 
 def _current(x: Tensor) -> AbstractContextManager:
@@ -66,7 +66,7 @@ def nsa_attention(
     if packing is not None:
         if options.get("offset") or not k.shape[0] == q.shape[0] == packing.tokens:
             raise ValueError(f"a packed batch has no offset, and {packing.tokens} queries and keys")
-        if found in (cpu, reference):
+        if found in (cpu, masked, reference):
             return packing.one_by_one(nsa_attention, q, k, v, k_cmp, v_cmp, gates, **options)
         options["packing"] = packing
     own = [options[name] for name in ("k_swa", "v_swa") if options.get(name) is not None]

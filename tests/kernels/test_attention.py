@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nsa_kernels import Variant, compress, cpu, dense_attention, library, native, nsa_attention, reference
+from nsa_kernels import Variant, compress, cpu, dense_attention, library, masked, native, nsa_attention, reference
 
 PAPER = Variant(compress_block=8, compress_stride=4, select_block=16, select_count=5, window=24)
 VARIANTS = {
@@ -44,6 +44,7 @@ FAST = [
     pytest.param(native, id="native", marks=pytest.mark.skipif(not compiled(), reason="no C compiler")),
 ]
 PATHS = [pytest.param(reference, id="reference"), *FAST]
+EQUAL = [*FAST, pytest.param(masked, id="masked")]
 
 
 def tensors(shape: tuple, variant: Variant, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict:
@@ -79,7 +80,7 @@ def sdpa(inputs: dict, visible: torch.Tensor | None = None) -> torch.Tensor:
     return o.transpose(0, 1)
 
 
-@pytest.mark.parametrize("path", FAST)
+@pytest.mark.parametrize("path", EQUAL)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_fast_equals_reference(path, variant: Variant, shape: tuple) -> None:
@@ -179,7 +180,7 @@ class TestInvariants:
                     assert len(present) == min(variant.select_count, current + 1)
 
 
-@pytest.mark.parametrize("path", FAST)
+@pytest.mark.parametrize("path", EQUAL)
 def test_own_keys_for_window_and_own_queries_for_compression(path) -> None:
     inputs = tensors((70, 130, 6, 2, 16, 24), PAPER)
     other = tensors((70, 130, 6, 2, 16, 24), PAPER, seed=1)
@@ -190,7 +191,7 @@ def test_own_keys_for_window_and_own_queries_for_compression(path) -> None:
     torch.testing.assert_close(o.double(), truth, atol=3e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("path", FAST)
+@pytest.mark.parametrize("path", EQUAL)
 @pytest.mark.parametrize("T", [1, 3, 9, 400])
 def test_few_queries_of_a_long_context_and_many(path, T: int) -> None:
     """Few queries gather their own blocks, many share them; both over keys that no query of theirs wrote."""
@@ -201,7 +202,7 @@ def test_few_queries_of_a_long_context_and_many(path, T: int) -> None:
     torch.testing.assert_close(o.double(), truth, atol=3e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("path", FAST)
+@pytest.mark.parametrize("path", EQUAL)
 @pytest.mark.parametrize("scale", [0.01, 0.5, 3.0])
 def test_any_softmax_scale(path, scale: float) -> None:
     inputs = tensors((40, 130, 6, 2, 16, 16), PAPER) | {"scale": scale}
@@ -368,14 +369,15 @@ def poisoned():
 
 
 class TestDispatch:
-    def test_float64_and_gradients_take_the_reference(self, monkeypatch) -> None:
+    def test_float64_takes_the_reference_and_gradients_take_masks(self, monkeypatch) -> None:
         monkeypatch.setattr(reference, "nsa_attention", lambda *_, **__: "reference")
+        monkeypatch.setattr(masked, "nsa_attention", lambda *_, **__: "masked")
         assert nsa_attention(**double(tensors(SHAPES["G3"], PAPER))) == "reference"
         inputs = tensors(SHAPES["G3"], PAPER)
         inputs["q"].requires_grad_()
-        assert nsa_attention(**inputs) == "reference"
+        assert nsa_attention(**inputs) == "masked"
         with torch.no_grad():
-            assert nsa_attention(**inputs) != "reference"
+            assert nsa_attention(**inputs)[0].shape == (203, 6, 16)
 
     @pytest.mark.parametrize("names", [("q",), ("q", "k", "v"), ("v_cmp",), ("k_swa",)])
     def test_types_that_the_compiled_code_lacks_take_torch(self, names, monkeypatch) -> None:
@@ -568,12 +570,50 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(attend, tuple(leaves.values()), fast_mode=True)
 
 
+LEARNED = ("q", "k", "v", "k_cmp", "v_cmp", "gates")
+
+
+def gradients(inputs: dict, do: torch.Tensor) -> list[torch.Tensor]:
+    leaves = [inputs[name].clone().requires_grad_() for name in LEARNED]
+    o, _ = nsa_attention(**inputs | dict(zip(LEARNED, leaves, strict=True)))
+    return torch.autograd.grad(o, leaves, do.to(o.dtype), materialize_grads=True)
+
+
+@pytest.mark.parametrize("rows", [masked.ROWS, 64])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_gradients_equal_the_references(variant: Variant, shape: tuple, rows: int, monkeypatch) -> None:
+    monkeypatch.setattr(masked, "ROWS", rows)
+    inputs = tensors(shape, variant)
+    do = torch.randn(shape[0], shape[2], shape[5], generator=torch.Generator().manual_seed(1))
+    for got, truth in zip(gradients(inputs, do), gradients(double(inputs), do), strict=True):
+        torch.testing.assert_close(got.double(), truth, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_of_no_tokens() -> None:
+    """As a batch with an empty sequence has."""
+    inputs = {name: x.requires_grad_() for name, x in tensors((0, 0, 4, 2, 16, 8), PAPER).items() if name in LEARNED}
+    o, chosen = nsa_attention(**inputs, variant=PAPER)
+    assert o.shape == (0, 4, 8) and chosen.shape == (0, 2, PAPER.select_count)
+
+
+def test_bfloat16_gradients_leave_out_branches_whose_gates_are_closed() -> None:
+    inputs = tensors(SHAPES["G3"], PAPER, torch.bfloat16)
+    inputs["gates"] = torch.tensor([14.0, -14.0]).sigmoid()[[1, 0, 1]].expand(203, 6, 3).to(torch.bfloat16)
+    do = torch.randn(203, 6, 16, generator=torch.Generator().manual_seed(1))
+    found, truth = gradients(inputs, do), gradients(double(inputs), do)
+    assert not any(found[LEARNED.index(name)].any() for name in ("k_cmp", "v_cmp"))
+    for got, expected in zip(found[:3], truth[:3], strict=True):
+        error = (got.double() - expected).norm() / expected.norm()
+        assert error < 0.01  # of three roundings to 8 bits: q, k and v, the probabilities, the result
+
+
 def test_more_forced_blocks_than_a_streamed_topk_keeps_are_refused() -> None:
     with pytest.raises(ValueError, match="more blocks are forced"):
         Variant(16, 16, 16, 4, 1, 2, 32, topk="streamed", topk_chunk=8)
 
 
-@pytest.mark.parametrize("path", FAST)
+@pytest.mark.parametrize("path", EQUAL)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_fast_equals_reference_for_any_variant(path, data) -> None:
