@@ -1,4 +1,4 @@
-"""The built-in models: fetch the pinned base package through pip, verify, convert, merge the deltas, write a checkpoint.
+"""The built-in models: fetch the pinned base package through pip, verify, convert, merge deltas, write a checkpoint.
 
 A manifest in `builtin/` says what a model is made of. After the install nothing touches a network.
 """

