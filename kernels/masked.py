@@ -41,8 +41,7 @@ def nsa_attention(
     k_swa, v_swa = k if k_swa is None else k_swa, v if v_swa is None else v_swa
     outputs = [q.new_empty(0, q.shape[1], v.shape[-1])]  # a batch may hold a sequence of no tokens
     indices = [torch.empty(0, k.shape[1], variant.select_count, dtype=torch.int32)]
-    for start in range(0, q.shape[0], ROWS):
-        rows = slice(start, min(start + ROWS, q.shape[0]))
+    for rows in _pieces(q.shape[0]):
         first, S = offset + rows.start, offset + rows.stop
         NC = variant.compressed_count(S)
         chosen = _choose(q_cmp[rows], k_cmp[:NC], k.shape[1], variant, first, scale)
@@ -52,7 +51,8 @@ def nsa_attention(
         if _is_open(g_cmp):
             o = o + g_cmp * _compressed(q_cmp[rows], k_cmp[:NC], v_cmp[:NC], variant, position, scale)
         if _is_open(g_slc):
-            visible = _tokens(chosen, variant, S) & (torch.arange(S) <= position)
+            tokens = reference.tokens_of(chosen, variant, S).transpose(0, 1)[:, None]  # (HKV, 1, R, S)
+            visible = tokens & (torch.arange(S) <= position)
             o = o + g_slc * _attend(q[rows], k[:S], v[:S], visible, scale)
         if variant.window and _is_open(g_swa):
             low = max(0, first - variant.window + 1)
@@ -66,9 +66,16 @@ def nsa_attention(
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, offset: int = 0, scale: float | None = None) -> Tensor:
     """Causal full attention. Shapes as in `reference.dense_attention`."""
-    S = offset + q.shape[0]
-    causal = torch.arange(S) <= torch.arange(offset, S)[:, None]
-    return _attend(q, k[:S], v[:S], causal, scale)
+    outputs = [q.new_empty(0, q.shape[1], v.shape[-1])]
+    for rows in _pieces(q.shape[0]):
+        S = offset + rows.stop
+        causal = torch.arange(S) <= torch.arange(offset + rows.start, S)[:, None]
+        outputs.append(_attend(q[rows], k[:S], v[:S], causal, scale))
+    return torch.cat(outputs)
+
+
+def _pieces(T: int) -> list[slice]:
+    return [slice(start, min(start + ROWS, T)) for start in range(0, T, ROWS)]
 
 
 def _is_open(gate: Tensor) -> bool:
@@ -97,14 +104,6 @@ def _compressed(
         return q.new_zeros(*q.shape[:2], v_cmp.shape[-1])
     o = _attend(q[blind:], k_cmp, v_cmp, visible[blind:], scale)
     return functional.pad(o, (0, 0, 0, 0, blind, 0))
-
-
-def _tokens(chosen: Tensor, variant: Variant, S: int) -> Tensor:
-    """(HKV, 1, R, S): whether a token belongs to one of the chosen blocks (R, HKV, n)."""
-    NB = variant.block_count(S)
-    blocks = torch.zeros(*chosen.shape[:2], NB + 1, dtype=torch.bool)
-    blocks.scatter_(2, chosen.long() % (NB + 1), True)  # -1 lands in the extra column
-    return blocks[..., :NB].transpose(0, 1).repeat_interleave(variant.select_block, -1)[:, None, :, :S]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None) -> Tensor:

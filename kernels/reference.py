@@ -143,14 +143,18 @@ def selected_attention(
 
     q: (T, HQ, D); k: (S, HKV, D); v: (S, HKV, Dv); block_indices: (T, HKV, n). Returns o_slc (T, HQ, Dv).
     """
-    T, HKV, _ = block_indices.shape
-    S, size = k.shape[0], variant.select_block
-    NB = variant.block_count(S)
-    chosen = torch.zeros(T, HKV, NB + 1, dtype=torch.bool, device=q.device)
-    chosen.scatter_(2, block_indices.long() % (NB + 1), True)  # -1 lands in the extra column
-    tokens = chosen[..., :NB].repeat_interleave(size, -1)[..., :S]
+    S = k.shape[0]
     causal = torch.arange(S, device=q.device) <= _positions(q, offset)[:, None]
-    return _attend(q, k, v, tokens & causal[:, None, :], scale)[0]
+    return _attend(q, k, v, tokens_of(block_indices, variant, S) & causal[:, None, :], scale)[0]
+
+
+def tokens_of(block_indices: Tensor, variant: Variant, S: int) -> Tensor:
+    """(T, HKV, S): whether a token belongs to one of the chosen blocks (T, HKV, n)."""
+    T, HKV, _ = block_indices.shape
+    NB = variant.block_count(S)
+    chosen = torch.zeros(T, HKV, NB + 1, dtype=torch.bool, device=block_indices.device)
+    chosen.scatter_(2, block_indices.long() % (NB + 1), True)  # -1 lands in the extra column
+    return chosen[..., :NB].repeat_interleave(variant.select_block, -1)[..., :S]
 
 
 def window_attention(

@@ -590,6 +590,19 @@ def test_gradients_equal_the_references(variant: Variant, shape: tuple, rows: in
         torch.testing.assert_close(got.double(), truth, atol=1e-5, rtol=1e-5)
 
 
+def test_gradients_of_dense_attention(monkeypatch) -> None:
+    monkeypatch.setattr(masked, "ROWS", 64)
+    inputs = tensors((203, 240, 6, 2, 16, 12), PAPER)
+    do = torch.randn(203, 6, 12, generator=torch.Generator().manual_seed(1))
+
+    def found(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        leaves = [inputs[name].to(dtype).requires_grad_() for name in ("q", "k", "v")]
+        return torch.autograd.grad(dense_attention(*leaves, offset=37), leaves, do.to(dtype))
+
+    for got, truth in zip(found(torch.float32), found(torch.float64), strict=True):
+        torch.testing.assert_close(got.double(), truth, atol=1e-5, rtol=1e-5)
+
+
 def test_gradients_of_no_tokens() -> None:
     """As a batch with an empty sequence has."""
     inputs = {name: x.requires_grad_() for name, x in tensors((0, 0, 4, 2, 16, 8), PAPER).items() if name in LEARNED}
