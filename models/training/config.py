@@ -29,7 +29,8 @@ class Loss:
     answer: float = 1.0  # next token, on the answers of tasks
     kl: float = 0.0  # KL(teacher || student) of the next token, everywhere but on answers
     hidden: float = 0.0  # squared distance of the layers' outputs from the teacher's, over their square
-    select: float = 0.0  # KL(dense attention || importance) over blocks, for compression alone (see `selection`)
+    select: float = 0.0  # KL(dense attention || importance) over blocks (see `selection`): alone it trains compression,
+    #   beside another part also the queries and keys that are compared
 
     @property
     def next_token(self) -> bool:

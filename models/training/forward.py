@@ -24,7 +24,7 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Keys:
-    """What one layer chooses blocks by, in one sequence. Gradients of `compressed` reach compression alone."""
+    """What one layer chooses blocks by, in one sequence."""
 
     q: Tensor  # (T, HQ, D), rotated
     q_cmp: Tensor  # (T, HQ, D), the compressed branch's
@@ -132,9 +132,8 @@ def _one_sequence(config: NSAConfig, weights, name: str, q, gates, k, v, *rest, 
         k_src = rotate(k_src, cos, sin) if own else k_turned
     q_cmp = q if config.compress_rope == "none" else turned
     if watch is not None:
-        wide = k_src.detach().to(torch.promote_types(k_src.dtype, torch.float32))
-        compressed = functools.partial(_compressed_keys, config, weights, name, wide, rope)
-        watch(Keys(*(x.detach() for x in (turned, q_cmp, k_turned)), compressed))
+        wide = k_src.to(torch.promote_types(k_src.dtype, torch.float32))
+        watch(Keys(turned, q_cmp, k_turned, functools.partial(_compressed_keys, config, weights, name, wide, rope)))
     return nsa_kernels.nsa_attention(
         turned,
         k_turned,

@@ -20,7 +20,7 @@ from nsa_models.training.batch import Batch
 from nsa_models.training.config import Optimizer, TrainConfig
 from nsa_models.training.forward import Weights, hidden_states, output_logits
 from nsa_models.training.losses import hidden_loss, token_losses
-from nsa_models.training.selection import selection_loss
+from nsa_models.training.selection import SelectionLoss, selection_loss
 from nsa_models.training.state import RunFolder
 from nsa_models.training.student import Student, is_nsa
 
@@ -168,14 +168,13 @@ class Trainer:
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The parts of the loss that the plan weighs, on one batch."""
-        parts = self._predictions(batch) if self.plan.loss.next_token else {}
-        if self.plan.loss.select:
-            choice = selection_loss(self.student.config, self.student.weights, batch, self.dtype)
-            parts |= {} if choice is None else {"select": choice}
-        return parts
+        if self.plan.loss.next_token:
+            return self._predictions(batch)
+        choice = selection_loss(self.student.config, self.student.weights, batch, self.dtype)
+        return {} if choice is None else {"select": choice}
 
     def _predictions(self, batch: Batch) -> dict[str, Tensor]:
-        """Of the next tokens, and of the layers on the way to them."""
+        """Of the next tokens, and of the layers and choices on the way to them."""
         plan, taught_layers, layers = self.plan, [], []
         keep = plan.loss.hidden > 0
         taught, guide = None, None
@@ -184,6 +183,7 @@ class Trainer:
             taught = taught.repeat_interleave(torch.tensor(batch.lengths, device=batch.ids.device))
             if taught.any():
                 guide = self._guide(batch, taught_layers if keep else None)
+        watch = SelectionLoss(self.student.config, batch) if plan.loss.select else None
         x = hidden_states(
             self.student.config,
             self.student.weights,
@@ -192,12 +192,15 @@ class Trainer:
             dtype=self.dtype,
             recompute=plan.recompute,
             each=(lambda _, x: layers.append(x)) if guide is not None and keep else lambda _, x: None,
+            watch=watch,
         )
         heads = [self._head(self.student.config, self.student.weights)]
         heads.append(self._head(self.teacher.config, self.teacher.weights) if guide is not None else None)
         parts = token_losses(batch, x, heads[0], guide if plan.loss.kl else None, heads[1], taught)
         if guide is not None and keep:
             parts["hidden"] = hidden_loss(layers, taught_layers, taught)
+        if watch is not None and watch.mean is not None:
+            parts["select"] = watch.mean
         return {name: part for name, part in parts.items() if getattr(plan.loss, name)}
 
     @torch.no_grad()

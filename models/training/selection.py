@@ -1,4 +1,4 @@
-"""Teach compression what to choose: no gradient passes the choice of blocks, so it gets a loss of its own.
+"""Teach what chooses blocks: no gradient passes the choice itself, so it gets a loss of its own.
 
 The target is what dense attention reads: its probabilities, summed over a block's tokens and a group's heads.
 Compressed keys are right where the importance that they give (paper eq. 9 and 10) has the same shares. DeepSeek-V3.2
@@ -18,22 +18,35 @@ from nsa_models.training.forward import Keys, Weights, hidden_states
 ROWS = 256  # queries of a sequence that are compared; with 9 heads and 8,192 tokens their probabilities take 75 MB
 
 
-def selection_loss(config: NSAConfig, weights: Weights, batch: Batch, dtype: torch.dtype) -> Tensor | None:
-    """Mean over layers and sequences of KL(dense || importance), with gradients for compression alone.
+class SelectionLoss:
+    """Watches a pass over `batch`; `mean` is then that of KL(dense || importance) over its layers and sequences.
 
-    None where no sequence is long enough for a choice.
+    Gradients reach compression and, where the pass has them, the queries and keys that are compared.
     """
-    rows = [_rows(config, mask) for mask in batch.answers.split(batch.lengths)]
-    losses: list[Tensor] = []
 
-    def compare(sequence: int, keys: Keys) -> None:
-        if rows[sequence].numel():
+    def __init__(self, config: NSAConfig, batch: Batch) -> None:
+        self.config = config
+        self.rows = [_rows(config, mask) for mask in batch.answers.split(batch.lengths)]
+        self.losses: list[Tensor] = []
+
+    def __call__(self, sequence: int, keys: Keys) -> None:
+        rows = self.rows[sequence]
+        if rows.numel():
             with torch.enable_grad():
-                losses.append(divergence(config, keys, rows[sequence]))
+                self.losses.append(divergence(self.config, keys, rows))
 
+    @property
+    def mean(self) -> Tensor | None:
+        """None where no sequence is long enough for a choice."""
+        return torch.stack(self.losses).mean() if self.losses else None
+
+
+def selection_loss(config: NSAConfig, weights: Weights, batch: Batch, dtype: torch.dtype) -> Tensor | None:
+    """`SelectionLoss` by itself: the pass needs no gradients, and compression alone gets them."""
+    watch = SelectionLoss(config, batch)
     with torch.no_grad():
-        hidden_states(config, weights, batch.ids, batch.lengths, dtype=dtype, watch=compare)
-    return torch.stack(losses).mean() if losses else None
+        hidden_states(config, weights, batch.ids, batch.lengths, dtype=dtype, watch=watch)
+    return watch.mean
 
 
 def _rows(config: NSAConfig, answers: Tensor) -> Tensor:

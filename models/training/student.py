@@ -58,10 +58,11 @@ class Student:
             self.weights[name] = tensor.to(device, torch.float32 if learns else dtype, copy=True)
             if learns:
                 self.trained[name] = self.weights[name].requires_grad_()
-        if plan.loss.select and not any(".compress_k." in name for name in self.trained):
+        chooses = plan.loss.next_token or any(".compress_k." in name for name in self.trained)
+        if plan.loss.select and not chooses:
             raise InputError(
-                "config: loss.select teaches compression, and the model's is the mean: nothing to learn; "
-                "nsa convert --compress-kind softmax makes one that learns"
+                "config: loss.select alone teaches compression, and the model's is the mean: nothing to learn; give "
+                "loss.text or loss.answer a weight too, or use a model of nsa convert --compress-kind softmax"
             )
         if plan.delta and plan.delta.rank:
             self._add_updates(plan, device)

@@ -10,7 +10,7 @@ from nsa_models.training.batch import Example, pack
 from nsa_models.training.config import Loss, Optimizer
 from nsa_models.training.forward import Keys, hidden_states
 from nsa_models.training.loop import make_optimizer
-from nsa_models.training.selection import divergence, free_blocks, selection_loss
+from nsa_models.training.selection import SelectionLoss, divergence, free_blocks, selection_loss
 from tests.models.tiny import CONFIG, random_model
 
 EXACT = replace(CONFIG, compress_block=1, compress_stride=1, select_block=8, select_count=4, window=8)
@@ -104,3 +104,25 @@ def test_compression_alone_learns_and_chooses_better():
 
 def test_it_needs_no_gradient_of_the_model():
     assert not Loss(text=0, answer=0, select=1).next_token and Loss(text=0, select=1).next_token
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_pass_with_gradients_teaches_queries_and_keys_too(recompute):
+    """The same loss as by itself; means, which have nothing to learn, choose better by what they are means of."""
+    config = replace(EXACT, compress_block=8, compress_stride=8)
+    start = random_model(config, torch.float32).state_dict()
+    weights = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
+    learned = {n: t for n, t in weights.items() if n.rpartition(".")[0].endswith(("q_proj", "k_proj"))}
+    optimizer = torch.optim.Adam(learned.values(), 3e-3)
+    losses = []
+    for _ in range(20):
+        watch = SelectionLoss(config, batch())
+        hidden_states(config, weights, batch().ids, LENGTHS, dtype=torch.float32, recompute=recompute, watch=watch)
+        loss = watch.mean
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(selection_loss(config, start, batch(), torch.float32).item(), rel=1e-5)
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(tensor.grad is not None and tensor.grad.abs().max() > 0 for tensor in learned.values())
