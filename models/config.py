@@ -82,6 +82,7 @@ class NSAConfig:
 
     retrieval_heads: tuple[tuple[int, int], ...] = ()  # (layer, query head) that evidence comes from; none = all
     retrieval_block: int = 0  # tokens of a place that evidence names; 0 = select_block
+    reread: int = 0  # tokens of the passages that a question leads to and that answer it; 0 = the whole text does
 
     variant: Variant = field(init=False, repr=False, compare=False)
 
@@ -103,8 +104,9 @@ class NSAConfig:
         for name in POSITIVE:
             if getattr(self, name) <= 0:
                 raise ModelError(f"config: {name} must be positive, got {getattr(self, name)!r}")
-        if self.retrieval_block < 0:
-            raise ModelError(f"config: retrieval_block must be at least 0, got {self.retrieval_block}")
+        for name in ("retrieval_block", "reread"):
+            if getattr(self, name) < 0:
+                raise ModelError(f"config: {name} must be at least 0, got {getattr(self, name)}")
         if self.num_hidden_layers > MOST_LAYERS:
             raise ModelError(f"config: {self.num_hidden_layers} layers are more than the {MOST_LAYERS} that nsa runs")
         if self.num_heads % self.num_kv_heads:

@@ -4,7 +4,6 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -148,16 +147,31 @@ def ask_tasks(
     A task that the text does not provide is left out.
     """
     trials = []
+    for task, depth in tasks(layout, corpus, kind, length, depths, samples, seed):
+        if task is not None:
+            prompt, answer = layout.asked(task)
+            most = longest_reply(answer)
+            trials.append(_ask(model, layout.tokenizer, task, prompt, most, attention, depth))
+        done()
+    return trials
+
+
+def tasks(
+    layout: Layout, corpus: Corpus, kind: str, length: int, depths: Sequence[float], samples: int, seed: int
+) -> Iterator[tuple[Task | None, float]]:
+    """`samples` tasks at each depth, None for one that the text does not provide."""
     for depth in depths:
         for i in range(samples):
             rng = random.Random(f"{seed}/{kind}/{length}/{depth}/{i}")
-            with suppress(Unsuitable):
-                task = make_task(rng, kind, corpus, layout, length, depth)
-                prompt, answer = layout.asked(task)
-                most = len(answer) + 16  # room for other words around the facts
-                trials.append(_ask(model, layout.tokenizer, task, prompt, most, attention, depth))
-            done()
-    return trials
+            try:
+                yield make_task(rng, kind, corpus, layout, length, depth), depth
+            except Unsuitable:
+                yield None, depth
+
+
+def longest_reply(answer: Sequence[int]) -> int:
+    """Tokens of a reply: as the answer, and room for other words around the facts."""
+    return len(answer) + 16
 
 
 def ask_short(

@@ -13,6 +13,7 @@ from nsa_cli.citations import Citation, check_citations, texts_in
 from nsa_cli.evidence import Evidence, counted_tokens, find_evidence
 from nsa_cli.held import Held
 from nsa_cli.output import VERBOSE, emit, progress, say, warn
+from nsa_cli.reread import passages
 from nsa_cli.runlog import log_answer
 from nsa_cli.settings import cache_dir
 from nsa_cli.speed import remember
@@ -21,9 +22,12 @@ from nsa_models.errors import BudgetError, CheckError
 from nsa_models.sampling import Sampling
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from nsa_cli.context import Context
     from nsa_cli.schema import Schema
     from nsa_models import Cache
+    from nsa_models.retrieval import RetrievalMass
     from nsa_models.tokenizer import Prompt
 
 SCHEMA_VERSION = 1
@@ -42,6 +46,7 @@ class Request:
     max_context: int | None = None  # most tokens of prompt and answer; None = what the model was made for
     store: str = "use"  # STORE_MODES
     evidence: int = 5  # most places to name
+    reread: int | None = None  # tokens of the passages that the answer comes from; 0 = of all; None = the checkpoint's
     held: Held | None = None  # keeps what was read in memory, for the next question about it
     schema: "Schema | None" = None  # the answer is JSON of this schema
     fit: bool = False  # max_context is what free memory holds, if that is less
@@ -56,6 +61,7 @@ class Usage:
     prompt_tokens: int
     cached_tokens: int  # of the prompt, from the store
     completion_tokens: int
+    reread_tokens: int = 0  # of a second prompt, with the passages that the question leads to
 
 
 @dataclass(frozen=True)
@@ -218,15 +224,19 @@ class Conversation:
         prompt_tokens = cache.length + len(rest)
         self._check_room(prompt_tokens, request.sampling.max_tokens)
         logits, retrieval = read_question(checkpoint, rest, around, cache)
+        again = self._passages(question, retrieval)
+        closer = cache
+        if again:
+            closer, logits = read_again(checkpoint, again, request.sampling.max_tokens)
         prefilled = time.perf_counter()
-        text, ids, reason, first = generate(checkpoint, cache, logits, request, silent if request.schema else tell)
+        text, ids, reason, first = generate(checkpoint, closer, logits, request, silent if request.schema else tell)
         self.unread = ids[cache.length - prompt_tokens :]
         self.turns.append(Turn(question, text, ids))
         data = _data(text, len(ids), reason, request.schema, tell) if request.schema else None
         reply = Answer(
             text,
             find_evidence(retrieval, self.context, self.before, request.evidence),
-            Usage(prompt_tokens, reused, len(ids)),
+            Usage(prompt_tokens, reused, len(ids), len(again)),
             Timings(
                 self.loaded - self.clock, prefilled - self.loaded, time.perf_counter() - prefilled, first - self.clock
             ),
@@ -238,6 +248,23 @@ class Conversation:
         )
         self.stored, self.clock, self.loaded = None, time.perf_counter(), time.perf_counter()
         return reply
+
+    def _passages(self, question: str, retrieval: "RetrievalMass") -> list[int]:
+        """The prompt of a second reading, with the conversation until now; empty where the whole text is to answer."""
+        limit = self.checkpoint.config.reread if self.request.reread is None else self.request.reread
+        if not limit or self.context.tokens <= limit:
+            return []
+        found = passages(retrieval, self.context, self.before, limit)
+        if not found:
+            return []
+        tokenizer, system = self.checkpoint.tokenizer, self.request.system
+        first, *later = (self.request.wording(asked) for asked in (*(turn.question for turn in self.turns), question))
+        around = tokenizer.prompt(first, system)
+        ids = [*around.before, *(i for part in found for i in (*part.header, *part.body)), *around.after]
+        for turn, asked in zip(self.turns, later, strict=True):
+            around = tokenizer.follow_up(asked, system)
+            ids += turn.ids + around.before + around.after
+        return ids
 
 
 def _data(text: str, tokens: int, reason: str, schema: "Schema", tell: Callable[[str], None]) -> object:
@@ -375,6 +402,14 @@ def read_question(checkpoint: Checkpoint, rest: Sequence[int], around: "Prompt",
     return prefill(model, around.close, cache), retrieval
 
 
+def read_again(checkpoint: Checkpoint, ids: list[int], longest: int) -> tuple["Cache", "Tensor"]:
+    """A cache of its own for this prompt and an answer of up to `longest` tokens, and the logits that follow."""
+    from nsa_models import Cache, prefill
+
+    cache = Cache.for_model(checkpoint.model, len(ids) + longest)
+    return cache, prefill(checkpoint.model, ids, cache)
+
+
 def generate(checkpoint, cache, logits, request: Request, tell: Callable) -> tuple[str, list[int], str, float]:
     """Decode to text, piece by piece. Returns the text, its token ids, the finish reason and when the first token came
     (perf_counter).
@@ -488,8 +523,10 @@ def timing_line(reply: Answer) -> str:
     use, took = reply.usage, reply.timings
     read = use.prompt_tokens - use.cached_tokens
     stored = f" ({use.cached_tokens:,} stored)" if use.cached_tokens else ""
+    again = f" and {use.reread_tokens:,} again" if use.reread_tokens else ""
+    rate = _rate(read + use.reread_tokens, took.prefill_s)
     return (
-        f"prefill {use.prompt_tokens:,} tokens{stored} in {took.prefill_s:.1f} s, {_rate(read, took.prefill_s)} · "
+        f"prefill {use.prompt_tokens:,} tokens{stored}{again} in {took.prefill_s:.1f} s, {rate} · "
         f"{use.completion_tokens:,} tokens in {took.decode_s:.1f} s, {_rate(use.completion_tokens, took.decode_s)}"
     )
 

@@ -11,10 +11,11 @@ from nsa_cli.output import progress, warn
 
 if TYPE_CHECKING:
     from nsa_models.evaluate import Measure, Trial
-    from nsa_models.training.data import Corpus
+    from nsa_models.training.data import Corpus, Layout
 
 SCHEMA_VERSION = 1
 PERPLEXITY, SHORT = "perplexity", "short"  # not tasks over the texts
+ASK = "ask"  # NSA as `nsa ask` answers with it
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,11 @@ def measure(checkpoint: Checkpoint, plan: Plan) -> list[Row]:
     return rows
 
 
+def over_ids(plan: Plan) -> list[str]:
+    """Attentions that need no document with a question."""
+    return [attention for attention in plan.attentions if attention != ASK]
+
+
 def perplexity_steps(checkpoint: Checkpoint, plan: Plan, corpus: "Corpus", task: str) -> Iterator[Step]:
     """Of the lengths that the texts have."""
     from nsa_models.evaluate import perplexity
@@ -112,7 +118,7 @@ def perplexity_steps(checkpoint: Checkpoint, plan: Plan, corpus: "Corpus", task:
     if not lengths:
         return
     longest, scored = max(lengths), min(lengths) - 1
-    for n, attention in product(lengths, plan.attentions):
+    for n, attention in product(lengths, over_ids(plan)):
 
         def value(one, n=n, attention=attention):
             where = (checkpoint.model, ids, n, attention, plan.samples)
@@ -127,7 +133,7 @@ def short_steps(checkpoint: Checkpoint, plan: Plan, corpus: "Corpus", task: str)
     from nsa_models.training.tasks import short_tasks
 
     questions = short_tasks()
-    for attention in plan.attentions:
+    for attention in over_ids(plan):
 
         def value(one, attention=attention):
             trials = ask_short(checkpoint.model, checkpoint.tokenizer, attention, one)
@@ -145,11 +151,35 @@ def task_steps(checkpoint: Checkpoint, plan: Plan, corpus: "Corpus", task: str) 
     for n, attention in product(plan.lengths, plan.attentions):
 
         def value(one, n=n, attention=attention):
-            where = (arranged, corpus, task, n, attention, plan.depths, plan.samples, plan.seed, one)
-            trials = ask_tasks(checkpoint.model, *where)
+            if attention == ASK:
+                trials = list(ask_as_the_command(checkpoint, arranged, corpus, task, n, plan, one))
+            else:
+                where = (arranged, corpus, task, n, attention, plan.depths, plan.samples, plan.seed, one)
+                trials = ask_tasks(checkpoint.model, *where)
             return share(trials), trials
 
         yield Step(task, n, attention, len(plan.depths) * plan.samples, value)
+
+
+def ask_as_the_command(
+    checkpoint: Checkpoint, arranged: "Layout", corpus: "Corpus", kind: str, length: int, plan: Plan, done: Callable
+) -> "Iterator[Trial]":
+    """What `nsa ask` answers to the same tasks."""
+    from nsa_cli.answer import Request, answer, silent
+    from nsa_cli.context import build_context
+    from nsa_cli.documents import Document
+    from nsa_models.evaluate import Trial, longest_reply, tasks
+    from nsa_models.sampling import Sampling
+    from nsa_models.training.tasks import is_right
+
+    for task, depth in tasks(arranged, corpus, kind, length, plan.depths, plan.samples, plan.seed):
+        if task is not None:
+            context = build_context([Document(text.path, text.text) for text in task.documents], checkpoint.tokenizer)
+            most = longest_reply(arranged.asked(task)[1])
+            request = Request(Sampling(max_tokens=most), store="off")
+            reply = answer(checkpoint, context, task.question, request, silent)
+            yield Trial(task, reply.usage.prompt_tokens, depth, reply.text, is_right(task, reply.text))
+        done()
 
 
 def texts(names: Sequence[str]) -> list:

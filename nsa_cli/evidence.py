@@ -56,20 +56,25 @@ def counted_tokens(text: str, starts: Sequence[int]) -> list[bool]:
     return counted if any(counted) else [True] * len(starts)
 
 
+def significant_blocks(retrieval: "RetrievalMass") -> list[tuple[int, float]]:
+    """Blocks that drew more attention than chance gives, and their lift, the best first."""
+    found = [(block, lift) for block, lift in enumerate(retrieval.lift.tolist()) if lift > SIGNIFICANT]
+    return sorted(found, key=lambda block: -block[1])
+
+
 def find_evidence(retrieval: "RetrievalMass", context: "Context", offset: int, limit: int) -> list[Evidence]:
     """The `limit` places that drew most attention, if more than chance gives; neighbours in a file become one.
 
     offset: tokens of the prompt before the context's first. Attended, not proven: lift says where, not why.
     """
-    size, lift = retrieval.config.evidence_block, retrieval.lift.tolist()
-    significant = [block for block, times in enumerate(lift) if times > SIGNIFICANT]
+    size = retrieval.config.evidence_block
     blocks: list[tuple[int, Evidence]] = []
     places: list[Evidence] = []
-    for block in sorted(significant, key=lift.__getitem__, reverse=True):
+    for block, lift in significant_blocks(retrieval):
         start = max(block * size - offset, 0)
         stop = min((block + 1) * size - offset, len(context.ids))
         found = context.locate(start, stop) if start < stop else []
-        blocks += [(block, Evidence(p.path, p.first_line, p.last_line, lift[block])) for p in found]
+        blocks += [(block, Evidence(p.path, p.first_line, p.last_line, lift)) for p in found]
         places = cite(merge(blocks), context)
         if len(places) > limit:
             break

@@ -77,6 +77,7 @@ class Recipe:
     around: int = 0
     max_context: int | None = None
     evidence: int | None = None
+    reread: int | None = None
     packing: Mapping[str, object] = field(default_factory=dict)  # fields of Packing
     expect: Mapping[str, object] = field(default_factory=dict)
     examples: tuple[Example, ...] = ()
@@ -225,6 +226,7 @@ def _recipe(values: Values, path: Path) -> Recipe:
         around=sources.get("around", 0),
         max_context=context.get("max_context"),
         evidence=context.get("evidence"),
+        reread=context.get("reread"),
         packing=_packing(context),
         expect=_plain(values.get("expect") or Values()),
         examples=tuple(_example(example) for example in values.get("examples", ())),

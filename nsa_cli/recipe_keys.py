@@ -243,6 +243,7 @@ CONTEXT = Keys(
     {
         "max_context": Key(Quantity(), "Most tokens of text, prompt and answer at a time, such as 8k."),
         "evidence": Key(Number(0, 1000, whole=True), "Most places to name; 0 = none."),
+        "reread": Key(Number(0, 10**6, whole=True), "Answer from so many tokens where a prompt leads; 0 = from all."),
         "order": Key(Text(ORDERS), "Of files; what matters most comes last."),
         "prefer": Key(ListOf(Text()), "Patterns of the files that matter most: they come last, and are dropped last."),
         "overflow": Key(Text(OVERFLOWS), "What to do where files do not fit. Default: shard, read them in parts."),

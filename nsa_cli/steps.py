@@ -111,7 +111,7 @@ def _request(recipe: Recipe, step: Step, request: Request, explicit: Collection[
     """
     from nsa_cli.schema import parse_schema
 
-    own: dict[str, object] = {"system": recipe.system, "max_context": recipe.max_context, "evidence": recipe.evidence}
+    own: dict[str, object] = {name: getattr(recipe, name) for name in ("system", "max_context", "evidence", "reread")}
     own = {name: value for name, value in (own | dict(recipe.generate)).items() if name not in explicit}
     last = step is recipe.steps[-1]
     asks = {"system": step.system, **step.generate}
@@ -121,6 +121,7 @@ def _request(recipe: Recipe, step: Step, request: Request, explicit: Collection[
         own["stop"] = tuple(own["stop"])
     generate = {name: own.pop(name) for name in Sampling.__dataclass_fields__ if name in own}
     schema = parse_schema(step.schema) if step.schema is not None else None
+    request = replace(request, reread=request.reread or 0)  # what a recipe asks for is seldom at a few places
     return replace(request, sampling=replace(request.sampling, **generate), schema=schema, **own)
 
 

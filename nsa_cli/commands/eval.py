@@ -11,7 +11,7 @@ from nsa_cli.commands.options import checkpoint_options, json_option, verbosity_
 from nsa_cli.output import emit
 from nsa_models.training.kinds import KINDS
 
-ATTENTIONS = ("full", "nsa", "h2o", "quest", "streaming")
+ATTENTIONS = ("full", "nsa", "ask", "h2o", "quest", "streaming")
 TASKS = ("perplexity", *KINDS, "short")
 
 
@@ -74,7 +74,8 @@ def command(checkpoint: Checkpoint, as_json: bool, heat_map: Path | None, depths
     needle (one planted number), keys, values, queries (several), variables (a chain of them), absent (nothing to find);
     defines, takes, returns, raises (Python functions), summary (the sentence that sums up), chapter (the heading above
     a line), field (an entry). short is fifty questions about no text. An answer is right if it holds every fact. In
-    brackets stands the 95 % confidence interval. h2o, quest and streaming read as many tokens a step as NSA does.
+    brackets stands the 95 % confidence interval. h2o, quest and streaming read as many tokens a step as NSA does. ask
+    answers as nsa ask does: NSA, and then the passages that the question leads to once more (--reread there).
 
     \b
     Examples:

@@ -217,11 +217,12 @@ def answer_options(command):
     """Add the options that say how to answer; the command gets a `request`."""
 
     @functools.wraps(command)
-    def with_request(*args, stop, system, system_file, max_context, fit, cache, no_cache, evidence, **kwargs):
+    def with_request(*args, stop, system, system_file, max_context, fit, cache, no_cache, evidence, reread, **kwargs):
         sampling = Sampling(**{name: kwargs.pop(name) for name in Sampling.__dataclass_fields__})
         if system_file:
             system = read_text(system_file)
-        request = Request(sampling, stop, system, max_context, "off" if no_cache else cache, evidence, fit=fit)
+        store = "off" if no_cache else cache
+        request = Request(sampling, stop, system, max_context, store, evidence, reread, fit=fit)
         return command(*args, request=request, **kwargs)
 
     default, share = Sampling(), click.FloatRange(0, 1)
@@ -257,6 +258,13 @@ def answer_options(command):
         ),
         click.option("--no-cache", is_flag=True, help="Neither use nor keep stored contexts: --cache off."),
         _option("--evidence", type=click.IntRange(0), default=Request.evidence, help="Most places to name; 0 = none."),
+        _option(
+            "--reread",
+            type=click.IntRange(0),
+            metavar="TOKENS",
+            help="Answer from so much of a longer text: passages of some 300, around the places that the question "
+            "leads to; 0 = from all of it. Default: what the model is best at; summarize and run: 0.",
+        ),
     )
 
 

@@ -113,7 +113,7 @@ def option(param: Param) -> click.Option:
 def set_defaults(made: click.Command, recipe: Recipe) -> None:
     """Let --help show what the recipe decides for its answer, the last step's."""
     decided = {**recipe.generate, **recipe.steps[-1].generate}
-    decided |= {"max_context": recipe.max_context, "evidence": recipe.evidence}
+    decided |= {name: getattr(recipe, name) for name in ("max_context", "evidence", "reread")}
     decided |= {name: recipe.packing.get(name) for name in ("order", "overflow")}
     for parameter in made.params:
         value = decided.get(parameter.name)

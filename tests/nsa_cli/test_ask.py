@@ -72,7 +72,7 @@ def test_json_is_one_object_of_the_documented_shape(nsa, docs, tiny_checkpoint):
     assert ",".join(reply) == keys
     assert reply["schema_version"] == 1 and reply["shards"] == 1
     assert (reply["model"], reply["finish_reason"]) == (tiny_checkpoint.name, "length")
-    assert list(reply["usage"]) == ["prompt_tokens", "cached_tokens", "completion_tokens"]
+    assert list(reply["usage"]) == ["prompt_tokens", "cached_tokens", "completion_tokens", "reread_tokens"]
     assert reply["usage"]["completion_tokens"] == 24 and reply["usage"]["cached_tokens"] == 0
     took = reply["timings"]
     assert list(took) == ["load_s", "prefill_s", "decode_s", "first_token_s"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,25 @@ def test_json_has_every_reply_and_a_map_is_drawn(nsa, text, tmp_path):
     both = [[t["question"] for t in r["trials"]] for r in found["results"][:2]]
     assert both[0] == both[1], "every attention gets the same prompts"
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ask_is_asked_as_the_command_is(nsa, text, tiny_checkpoint, tmp_path):
+    """A checkpoint that answers from the whole text says what `nsa` says there; one that rereads does not."""
+    made = shutil.copytree(tiny_checkpoint, tmp_path / "made")
+    settings = json.loads((made / "config.json").read_text())
+    replies = {}
+    for reread in (0, 400):
+        (made / "config.json").write_text(json.dumps(settings | {"reread": reread}))
+        run = nsa(
+            *("eval", "--text", text, "--lengths", "900", "--task", "takes", "--task", "perplexity", "--json"),
+            *("--samples", "1", "--depths", "4", "--attention", "nsa", "--attention", "ask", "--model", made),
+        )
+        assert run.code == 0, run.err
+        nsa_row, ask_row, *rest = json.loads(run.out)["results"]
+        assert [row["attention"] for row in (nsa_row, ask_row, *rest)] == ["nsa", "ask", "nsa"]
+        assert all(a["tokens"] == b["tokens"] for a, b in zip(nsa_row["trials"], ask_row["trials"], strict=True))
+        replies[reread] = [[t["reply"].strip() for t in row["trials"]] for row in (nsa_row, ask_row)]
+    assert replies[0][0] == replies[0][1] == replies[400][0] != replies[400][1]
 
 
 def test_short_questions_need_no_text(nsa):

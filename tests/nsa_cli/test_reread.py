@@ -1,0 +1,135 @@
+"""Passages: whole lines around the blocks that a question leads to, as many as fit; the answer comes from them."""
+
+import json
+import shutil
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nsa_cli.reread import AFTER, BEFORE, merge, passages
+from tests.nsa_cli.test_evidence import BLOCK, LINES, context_of, mass_of
+
+HEADER = len("=== a.txt ===\n")
+START = 2 * BLOCK - HEADER  # tokens before the context, so that lines of 32 tokens start where a block does
+
+
+def numbered(count: int) -> str:
+    return "".join(f"{i:031}\n" for i in range(1, count + 1))
+
+
+def test_a_passage_is_the_lines_around_a_block():
+    context = context_of(numbered(60))
+    (found,) = passages(mass_of(32, {9: 90}), context, START, 1000)
+    first = (9 - 2) * 2 + 1  # of the block's two lines; two blocks come before the text
+    assert found.first_line == first - BEFORE // 32
+    assert found.text == "".join(f"{i:031}\n" for i in range(first - BEFORE // 32, first + 2 + AFTER // 32))
+    assert bytes(found.header).decode() == f"=== a.txt (from line {found.first_line}) ===\n" or found.path == "a.txt"
+
+
+def test_the_best_that_fit_come_in_the_order_of_the_text():
+    context = context_of(numbered(200))
+    mass = mass_of(100, {9: 90, 40: 50, 70: 80})
+    one = sum(part.tokens for part in passages(mass, context, START, 300))
+    assert one <= 300
+    for limit, blocks in ((0, []), (300, [9]), (2 * one + 20, [9, 70]), (4 * one, [9, 40, 70])):
+        found = passages(mass, context, START, limit)
+        assert [part.first_line for part in found] == [(block - 2) * 2 + 1 - BEFORE // 32 for block in blocks]
+        assert sum(part.tokens for part in found) <= limit
+
+
+def test_neighbours_are_one_passage_and_files_are_kept_apart():
+    context = context_of(LINES * 8, LINES * 8)
+    block = context.files[0].stop // BLOCK
+    found = passages(mass_of(12, {block: 90, block - 1: 80}), context, 0, 10_000)
+    assert [part.path for part in found] == ["a.txt", "b.txt"]
+    assert found[0].text.count("\n") + found[0].first_line - 1 == 8 and found[1].first_line == 1
+
+
+def test_nothing_stands_out():
+    assert passages(mass_of(32, {}), context_of(LINES * 60), START, 1000) == []
+
+
+@given(
+    st.lists(st.text(st.sampled_from("ab \n"), max_size=400), min_size=1, max_size=3),
+    st.dictionaries(st.integers(1, 19), st.integers(30, 90), max_size=4),
+    st.integers(0, 600),
+    st.integers(0, 200),
+)
+def test_passages_hold_their_blocks_and_are_of_the_text(texts, drawn, limit, offset):
+    """Long lines, empty files, blocks that lie outside of the text: never more than the limit, nothing twice."""
+    context = context_of(*texts)
+    found = passages(mass_of(20, drawn), context, offset, limit)
+    assert sum(part.tokens for part in found) <= limit
+    spans = []
+    for part in found:
+        (file,) = (file for file in context.files if file.path == part.path)
+        assert part.text in file.text or part.text == file.text[-len(part.text) + 1 :] + "\n"
+        spans.append((part.path, part.first_line))
+    assert spans == sorted(spans)
+
+
+def test_spans_that_touch_are_one():
+    assert merge([(5, 9), (0, 2), (9, 12), (3, 3), (6, 7)]) == [(0, 2), (5, 12)]
+
+
+@pytest.fixture
+def book(tmp_path):
+    """A text in which one word is rare."""
+    lines = ["it was on the table, and then it was on the chair\n"] * 300
+    lines[200] = "zebra quagga zebra quagga zebra quagga\n"
+    (tmp_path / "book.txt").write_text("".join(lines))
+    return tmp_path / "book.txt"
+
+
+def asked(nsa, *args):
+    run = nsa("ask", *args, "zebra quagga?", "--max-tokens", 6, "--json")
+    assert run.code == 0, run.err
+    return json.loads(run.out)
+
+
+def test_an_answer_from_passages(nsa, book, tiny_checkpoint):
+    """It is the answer to the same question about the passages alone; the text is read and stored as ever."""
+    whole, again = asked(nsa, book), asked(nsa, book, "--reread", 500)
+    assert whole["usage"]["reread_tokens"] == 0 and 0 < again["usage"]["reread_tokens"] < 600
+    assert whole["evidence"] == again["evidence"] != []
+    assert again["usage"]["cached_tokens"] > 0
+    usage = again["usage"] | {"reread_tokens": 0, "cached_tokens": 0}
+    assert usage == whole["usage"] | {"cached_tokens": 0}
+    assert asked(nsa, book, "--reread", 500)["answer"] == again["answer"]
+
+
+def test_a_text_that_is_short_enough_is_read_once(nsa, book):
+    book.write_text("zebra quagga\n" * 3)
+    assert asked(nsa, book, "--reread", 500)["usage"]["reread_tokens"] == 0
+
+
+def test_the_checkpoint_says_how_much(nsa, book, tiny_checkpoint, tmp_path):
+    made = shutil.copytree(tiny_checkpoint, tmp_path / "made")
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(config | {"reread": 500}))
+    assert asked(nsa, book, "--model", made)["usage"]["reread_tokens"] > 0
+    assert asked(nsa, book, "--model", made, "--reread", 0)["usage"]["reread_tokens"] == 0
+    for command in (["summarize", book], ["run", "explain-repo", book]):
+        run = nsa(*command, "--model", made, "--max-tokens", 4, "--json")
+        assert run.code in (0, 6) and json.loads(run.out)["usage"]["reread_tokens"] == 0
+    (made / "config.json").write_text(json.dumps(config | {"reread": -1}))
+    run = nsa("ask", book, "who?", "--model", made)
+    assert run.code == 5 and "reread must be at least 0" in run.err
+
+
+def test_a_conversation_goes_on_from_its_passages(nsa, book, tiny_checkpoint, monkeypatch):
+    """The second prompt holds passages, the first question and its answer, and the second question, in this order."""
+    from nsa_cli import answer
+    from nsa_models import load_tokenizer
+
+    prompts: list[list[int]] = []
+    read_again = answer.read_again
+    monkeypatch.setattr(answer, "read_again", lambda c, ids, most: prompts.append(ids) or read_again(c, ids, most))
+    run = nsa("chat", book, "--reread", 400, "--max-tokens", 5, "--json", stdin="zebra quagga?\nand quagga?\n")
+    assert run.code == 0, run.err
+    first, second = (json.loads(line) for line in run.out.splitlines())
+    assert [len(prompt) for prompt in prompts] == [r["usage"]["reread_tokens"] for r in (first, second)]
+    text = load_tokenizer(tiny_checkpoint).decode(prompts[1])
+    places = [text.find(part) for part in ("it was on", "zebra quagga?", first["answer"], "and quagga?")]
+    assert places == sorted(places) and places[0] > 0
