@@ -143,7 +143,12 @@ def test_a_delta_is_what_changed(run_folder, tiny_checkpoint, nsa):
 
 
 @pytest.mark.parametrize(
-    "name, shorter, lengths", [("delta", 128, [32, 128, 256, 1024]), ("recall", 8, [128, 256, 512, 1024])]
+    "name, shorter, lengths",
+    [
+        ("delta", 128, [32, 128, 256, 1024]),
+        ("recall", 8, [128, 256, 512, 1024]),
+        ("locate", 8, [512, 1024]),
+    ],
 )
 def test_the_shipped_deltas_in_slices(name, shorter, lengths, run_folder, tiny_checkpoint, nsa):
     """The shipped config as it is, but for a tiny model, texts of the test and shorter sequences, a step of each."""
@@ -156,9 +161,9 @@ def test_the_shipped_deltas_in_slices(name, shorter, lengths, run_folder, tiny_c
     shipped["data"]["texts"] = [{"path": str(run_folder / "texts")}]
     shipped |= {"model": str(tiny_checkpoint), "out": str(run_folder / "run")}
     (run_folder / "run.yaml").write_text(yaml.safe_dump(shipped))
-    for step in (1, 2, 3):
+    for step in range(1, len(lengths)):
         slice_ = nsa("train", run_folder / "run.yaml", "--minutes", 1e-9)
-        assert slice_.code == 0 and f"stopped after step {step} of 4" in slice_.err
+        assert slice_.code == 0 and f"stopped after step {step} of {len(lengths)}" in slice_.err
     assert nsa("train", run_folder / "run.yaml", "--minutes", 9).code == 0
     assert [r["length"] for r in metrics(run_folder)] == lengths
     start, got = float_weights(load_model(tiny_checkpoint, "cpu", torch.float32)), outcome(run_folder)
