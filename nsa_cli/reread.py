@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from nsa_cli.context import Context, ContextFile
     from nsa_models.retrieval import RetrievalMass
 
-# Tokens around a block that draws attention: what is said of a word stands behind it more often than before it.
-BEFORE, AFTER = 64, 128
+# Tokens around a block that draws attention: what is said of a word stands behind it more often than before it. With
+# twice as many 3 passages fitted 896 tokens, not 5: of 24 questions about 8,192 tokens of networkx, answered at one to
+# four places, 13 were right, 17 with these.
+BEFORE, AFTER = 32, 64
 
 Span = tuple[int, int]  # tokens [start, stop) of a context
 

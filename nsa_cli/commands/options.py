@@ -262,7 +262,7 @@ def answer_options(command):
             "--reread",
             type=click.IntRange(0),
             metavar="TOKENS",
-            help="Answer from so much of a longer text: passages of some 300, around the places that the question "
+            help="Answer from so much of a longer text: passages of some 200, around the places that the question "
             "leads to; 0 = from all of it. Default: what the model is best at; summarize and run: 0.",
         ),
     )
