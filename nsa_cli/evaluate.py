@@ -147,7 +147,7 @@ def task_steps(checkpoint: Checkpoint, plan: Plan, corpus: "Corpus", task: str) 
     from nsa_cli.train import layout
     from nsa_models.evaluate import ask_tasks, share
 
-    arranged = layout(checkpoint.tokenizer)
+    arranged = layout(checkpoint.tokenizer, checkpoint.config)
     for n, attention in product(plan.lengths, plan.attentions):
 
         def value(one, n=n, attention=attention):

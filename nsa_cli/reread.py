@@ -4,7 +4,7 @@ A model may find in a long text what it cannot answer from there: the built-in o
 definitions and parameters in 8,192 tokens of jinja2, and answered 5 of them; of their passages by themselves, 14.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from nsa_cli.evidence import significant_blocks
@@ -28,10 +28,15 @@ def passages(retrieval: "RetrievalMass", context: "Context", offset: int, limit:
     offset: tokens of the prompt before the context's first.
     """
     size = retrieval.config.evidence_block
+    blocks = [block * size - offset for block, _ in significant_blocks(retrieval)]
+    return around([(start, start + size) for start in blocks], context, limit)
+
+
+def around(places: Sequence[Span], context: "Context", limit: int) -> "list[ContextFile]":
+    """The same around these spans, the first of them that fit."""
     spans: list[Span] = []
     found: list[ContextFile] = []
-    for block, _ in significant_blocks(retrieval):
-        start, stop = block * size - offset, (block + 1) * size - offset
+    for start, stop in places:
         wider = merge([*spans, (max(start - BEFORE, 0), min(stop + AFTER, context.tokens))])
         more = [part for span in wider for part in cut(context, span)]
         if sum(part.tokens for part in more) > limit:

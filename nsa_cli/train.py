@@ -3,10 +3,11 @@
 import hashlib
 import json
 import os
+import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib import resources
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nsa_models import NSAConfig
+    from nsa_models.text import Text
     from nsa_models.tokenizer import Tokenizer
     from nsa_models.training.data import Corpus, Layout
     from nsa_models.training.loop import Group, Teacher, Trainer
+    from nsa_models.training.tasks import Task
 
 
 def find_config(path: Path) -> Path:
@@ -99,13 +102,21 @@ def path_texts(path: str) -> list:
     return [d if d.text.endswith("\n") else replace(d, text=d.text + "\n") for d in documents]
 
 
-def layout(tokenizer: "Tokenizer") -> "Layout":
-    """Texts become a context as those that a question is asked about."""
+def layout(tokenizer: "Tokenizer", config: "NSAConfig") -> "Layout":
+    """Texts become a context as those that a question is asked about, and passages as those that are read again."""
     from nsa_cli.context import build_context
     from nsa_cli.documents import Document
+    from nsa_cli.practice import practice_passages
     from nsa_models.training.data import Layout
 
-    return Layout(tokenizer, lambda texts: build_context([Document(t.path, t.text) for t in texts], tokenizer).ids)
+    def context(texts: Sequence["Text"]) -> list[int]:
+        return build_context([Document(text.path, text.text) for text in texts], tokenizer).ids
+
+    def passages(rng: random.Random, task: "Task", room: int) -> list[int]:
+        found = practice_passages(rng, task, tokenizer, config, min(config.reread, room))
+        return [i for part in found for i in (*part.header, *part.body)]
+
+    return Layout(tokenizer, context, passages)
 
 
 def train(path: Path, minutes: float | None, device: str | None, threads: int | None, export: bool) -> None:
@@ -171,6 +182,8 @@ def make_trainer(
     from nsa_models import load_tokenizer
 
     tokenizer = load_tokenizer(home)
+    if plan.data.reread_share and not config.reread:
+        raise InputError("config: data.reread_share: the model answers from no passages; its config.json says reread 0")
     longest = max(stage.length for stage in plan.curriculum)
     if longest > config.max_position_embeddings:
         raise InputError(
@@ -180,7 +193,7 @@ def make_trainer(
     trainer = Trainer(
         plan,
         Student(config, start, plan, place, dtype),
-        Mixture(plan, texts, layout(tokenizer)),
+        Mixture(plan, texts, layout(tokenizer, config)),
         RunFolder(plan.out, plan.keep),
         teacher(plan, config, start, place, dtype) if plan.teacher_wanted else None,
         identity=identity(plan, fingerprint, digest(texts), tokenizer.digest, group.size),

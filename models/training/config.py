@@ -85,6 +85,7 @@ class Data:
     texts: tuple[Text, ...] = ()
     tasks: Mapping[str, float] = field(default_factory=dict)  # kind -> weight
     task_share: float = 0.0  # of all sequences
+    reread_share: float = 0.0  # of the tasks: not the texts but the passages that `nsa ask` would read again
     held_out: tuple[str, ...] = ()  # .gitignore patterns of document paths that are never trained on
 
 
@@ -141,6 +142,8 @@ class TrainConfig:
             raise InputError(f"config: data.task_share must lie between 0 and 1, got {self.data.task_share}")
         if self.data.task_share and not self.data.tasks:
             raise InputError("config: data.task_share needs data.tasks: kinds of task and their weights")
+        if not 0 <= self.data.reread_share <= 1:
+            raise InputError(f"config: data.reread_share must lie between 0 and 1, got {self.data.reread_share}")
         for text in self.data.texts:
             if (text.source is None) == (text.path is None):
                 raise InputError("config: each of data.texts needs either source (a known name) or path")

@@ -22,21 +22,33 @@ from nsa_models.training.kinds import KINDS
 from nsa_models.training.tasks import PLANTED, Task, Unsuitable
 
 SHORTEST = 64  # tokens: what is left of a batch below this stays empty
+REREAD_FROM = 32_000  # characters, about 8,192 tokens: texts that passages are taken from
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How texts become a context. context: documents -> ids, with headers and listing."""
+    """How texts become a context. context: documents -> ids, with headers and listing. passages: the ids of passages
+    that hold what the task's answer takes, among others that its question could lead to; of at most so many tokens.
+    Raises Unsuitable.
+    """
 
     tokenizer: Tokenizer
     context: Callable[[Sequence[Text]], list[int]]
+    passages: Callable[[random.Random, Task, int], list[int]]
 
     def asked(self, task: Task) -> tuple[list[int], list[int]]:
         """Prompt and answer of a task; the answer ends as the model shall end it."""
+        return self._asked(task, self.context(task.documents))
+
+    def reread(self, rng: random.Random, task: Task, length: int) -> tuple[list[int], list[int]]:
+        """The same in at most `length` tokens, with passages in place of the documents. Raises Unsuitable."""
+        room = length - sum(map(len, self._asked(task, [])))
+        return self._asked(task, self.passages(rng, task, room))
+
+    def _asked(self, task: Task, context: list[int]) -> tuple[list[int], list[int]]:
         around = self.tokenizer.prompt(task.question)
         answer = self.tokenizer.encode(task.answer if self.tokenizer.has_chat_template else " " + task.answer)
-        prompt = around.before + self.context(task.documents) + around.after
-        return prompt, answer + list(self.tokenizer.eos_ids[:1])
+        return around.before + context + around.after, answer + list(self.tokenizer.eos_ids[:1])
 
 
 class Corpus:
@@ -95,7 +107,11 @@ class Mixture:
         if rng.random() < self.plan.data.task_share:
             kind = rng.choices(list(tasks), list(tasks.values()))[0]
             try:
-                prompt, answer = self.layout.asked(make_task(rng, kind, corpus, self.layout, length))
+                if rng.random() < self.plan.data.reread_share:
+                    task = KINDS[kind](rng, corpus.passage(rng, REREAD_FROM))
+                    prompt, answer = self.layout.reread(rng, task, length)
+                else:
+                    prompt, answer = self.layout.asked(make_task(rng, kind, corpus, self.layout, length))
                 return Example(prompt + answer, len(prompt))
             except Unsuitable:
                 pass  # a text without what this kind asks for is learned as a text

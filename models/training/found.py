@@ -243,5 +243,4 @@ def _chosen(
 
     find = rng.choice(finds) if depth is None else min(finds, key=lambda find: abs(place(find) - depth))
     line = find.text.text.count("\n", 0, find.at) + 1
-    place_of = f"{find.text.path}:{line}"
-    return Task(kind, tuple(documents), find.question, find.answer, find.facts, place(find), place_of)
+    return Task(kind, tuple(documents), find.question, find.answer, find.facts, place(find), ((find.text.path, line),))

@@ -8,7 +8,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 
 from nsa_models.text import Text
@@ -20,7 +20,7 @@ PLANTED = 40  # tokens, at most, of one planted line
 @dataclass(frozen=True)
 class Task:
     """A question about documents. An answer is right if it holds every fact; `depth`: where the first fact stands,
-    0 = at the beginning, 1 = at the end; `place`: its path:line.
+    0 = at the beginning, 1 = at the end; `places`: path and line of all that the answer takes, the first fact's first.
     """
 
     kind: str
@@ -29,7 +29,13 @@ class Task:
     answer: str
     facts: tuple[str, ...]
     depth: float
-    place: str
+    places: tuple[tuple[str, int], ...]
+
+    @property
+    def place(self) -> str:
+        """Of the first fact, as path:line."""
+        path, line = self.places[0]
+        return f"{path}:{line}"
 
 
 class Unsuitable(Exception):
@@ -51,17 +57,18 @@ def keys(rng: random.Random, documents: Sequence[Text], depth: float | None = No
     """Eight planted numbers of eight names, one asked for."""
     names, numbers = _names(rng, 8), _numbers(rng, 8)
     lines = [_magic(*pair) for pair in zip(names, numbers, strict=True)]
-    return _planted("keys", rng, documents, lines, depth, _ask_magic(names[0]), lines[0], (numbers[0],))
+    return _planted("keys", rng, documents, lines, depth, _ask_magic(names[0]), lines[0], (numbers[0],), slice(1))
 
 
 def values(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
     """Four planted numbers of one name, all asked for."""
     (name,), numbers = _names(rng, 1), _numbers(rng, 4)
     question = f"What are all the magic numbers of {name}? Answer with the numbers."
-    answer = f"The magic numbers of {name} are {', '.join(numbers)}."
-    return _planted(
-        "values", rng, documents, [_magic(name, n) for n in numbers], depth, question, answer, tuple(numbers)
-    )
+    lines = [_magic(name, number) for number in numbers]
+    task = _planted("values", rng, documents, lines, depth, question, "", tuple(numbers))
+    whole = "".join(text.text for text in task.documents)
+    in_order = sorted(numbers, key=lambda number: whole.index(_magic(name, number)))  # one right answer, not 24
+    return replace(task, answer=f"The magic numbers of {name} are {', '.join(in_order)}.")
 
 
 def queries(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
@@ -69,7 +76,8 @@ def queries(rng: random.Random, documents: Sequence[Text], depth: float | None =
     names, numbers = _names(rng, 8), _numbers(rng, 8)
     lines = [_magic(*pair) for pair in zip(names, numbers, strict=True)]
     question = f"What are the magic numbers of {', '.join(names[:3])} and {names[3]}? Answer with the numbers."
-    return _planted("queries", rng, documents, lines, depth, question, " ".join(lines[:4]), tuple(numbers[:4]))
+    answer, facts = " ".join(lines[:4]), tuple(numbers[:4])
+    return _planted("queries", rng, documents, lines, depth, question, answer, facts, slice(4))
 
 
 def variables(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
@@ -80,7 +88,8 @@ def variables(rng: random.Random, documents: Sequence[Text], depth: float | None
     question = f"Which variables have the value {value}? A variable that is set to another has that one's value."
     answer = f"The variables with the value {value} are {', '.join(names[:4])}."
     lines = [line for pair in zip(*chains, strict=True) for line in pair]
-    return _planted("variables", rng, documents, lines, depth, question, answer, tuple(names[:4]), in_order=True)
+    one_chain = slice(None, None, 2)
+    return _planted("variables", rng, documents, lines, depth, question, answer, tuple(names[:4]), one_chain, True)
 
 
 def absent(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
@@ -95,9 +104,10 @@ def short_tasks() -> list[Task]:
     """Fifty short questions about no text, whose answers hold exact facts: what a model must not unlearn."""
     file = resources.files("nsa_models") / "training" / "short.jsonl"
     values = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    asked = [(value["question"], tuple(value["facts"])) for value in values]
     return [
-        Task("short", (), value["question"], ", ".join(value["facts"]), tuple(value["facts"]), 0.0, f"short.jsonl:{i}")
-        for i, value in enumerate(values, 1)
+        Task("short", (), question, ", ".join(facts), facts, 0.0, (("short.jsonl", i),))
+        for i, (question, facts) in enumerate(asked, 1)
     ]
 
 
@@ -141,9 +151,12 @@ def _planted(
     question: str,
     answer: str,
     facts: tuple[str, ...],
+    taken: slice = slice(None),
     in_order: bool = False,
 ) -> Task:
-    """`lines` planted between lines of the documents: the first at `depth`, others anywhere (in order: after it)."""
+    """`lines` planted between lines of the documents: the first at `depth`, others anywhere (in order: after it). The
+    answer takes `taken` of them.
+    """
     depth = rng.random() if depth is None else depth
     texts = [text.text.splitlines(keepends=True) for text in documents]
     borders = [(i, j) for i, text in enumerate(texts) for j in range(len(text) + 1)]
@@ -155,9 +168,9 @@ def _planted(
         i, j = borders[at]
         texts[i].insert(j, lines[k] + "\n")
     made = tuple(Text(d.path, "".join(_ended(t))) for d, t in zip(documents, texts, strict=True))
-    i = borders[first][0]
-    line = texts[i].index(lines[0] + "\n") + 1
-    return Task(kind, made, question, answer, facts, depth, f"{documents[i].path}:{line}")
+    lines_in = [(line, borders[at][0]) for line, at in zip(lines, where, strict=True)]
+    places = tuple((documents[i].path, texts[i].index(line + "\n") + 1) for line, i in lines_in[taken])
+    return Task(kind, made, question, answer, facts, depth, places)
 
 
 def _ended(lines: list[str]) -> list[str]:

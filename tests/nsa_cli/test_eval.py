@@ -145,7 +145,7 @@ def test_wilsons_interval():
     """9 of 10: [0.5958, 0.9821] (Wilson 1927, z = 1.96)."""
     from nsa_models.evaluate import Trial
 
-    task = Task("needle", (), "", "", (), 0.0, "")
+    task = Task("needle", (), "", "", (), 0.0, ())
     trials = [Trial(task, 1, 0.5, "", i > 0) for i in range(10)]
     got = share(trials)
     assert got.value == 0.9 and abs(got.low - 0.5958) < 1e-3 and abs(got.high - 0.9821) < 1e-3

@@ -159,7 +159,10 @@ def test_the_shipped_deltas_in_slices(name, shorter, lengths, run_folder, tiny_c
     for stage in shipped["curriculum"]:
         stage |= {key: stage[key] // shorter for key in ("length", "batch_tokens") if key in stage} | {"steps": 1}
     shipped["data"]["texts"] = [{"path": str(run_folder / "texts")}]
-    shipped |= {"model": str(tiny_checkpoint), "out": str(run_folder / "run")}
+    model = shutil.copytree(tiny_checkpoint, run_folder / "model")
+    values = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(values | {"reread": 500}))
+    shipped |= {"model": str(model), "out": str(run_folder / "run")}
     (run_folder / "run.yaml").write_text(yaml.safe_dump(shipped))
     for step in range(1, len(lengths)):
         slice_ = nsa("train", run_folder / "run.yaml", "--minutes", 1e-9)
@@ -234,6 +237,7 @@ def test_a_new_model(run_folder, tiny_checkpoint, nsa):
         ({"data": {"texts": []}}, "no data"),
         ({"data": {"texts": [{"path": "nowhere.txt"}]}}, "no such file or directory: nowhere.txt"),
         ({"data": {"texts": [{"path": "/dev/null/x.jsonl"}]}}, "/dev/null/x.jsonl: Not a directory"),
+        ({"data": {"reread_share": 2}}, "data.reread_share must lie between 0 and 1, got 2.0"),
         ({"data": {"texts": [{"source": "jinja2"}]}}, "jinja2 is held out for evaluation"),
         ({"data": {"texts": [{"source": "wikipedia"}]}}, "no source 'wikipedia'"),
         ({"model": "nowhere"}, "no checkpoint nowhere"),
@@ -246,6 +250,13 @@ def test_a_mistake_is_one_line(run_folder, tiny_checkpoint, nsa, changes, words)
     run = nsa("train", run_folder / "run.yaml")
     assert run.code in (2, 3, 5) and words in run.err and len(run.err.splitlines()) == 1, run.err
     assert not (run_folder / "run").exists()
+
+
+def test_passages_for_a_model_that_answers_from_none(run_folder, tiny_checkpoint, nsa):
+    data = {"texts": [{"path": str(run_folder / "texts")}], "tasks": {"needle": 1}, "task_share": 1}
+    config(run_folder, tiny_checkpoint, data=data | {"reread_share": 0.5})
+    run = nsa("train", run_folder / "run.yaml")
+    assert run.code == 3 and "config.json says reread 0" in run.err and run.err.count("\n") == 1
 
 
 def test_a_text_that_is_no_config(run_folder, nsa):

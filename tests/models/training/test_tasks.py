@@ -2,6 +2,7 @@
 
 import random
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from nsa_models.training.data import Corpus, Layout, Mixture, make_task, read_co
 from nsa_models.training.kinds import KINDS
 from nsa_models.training.tasks import ABSENT, Task, Unsuitable, is_right
 
+REREAD = 1500  # tokens of passages; the tests' tokenizer knows few words, a line is about 20 of them
 CODE = '''class Lamp(Thing):
     def light_up(self, how_long: int = 3, *, colour="red") -> None:
         """Light the lamp for that long and
@@ -79,11 +81,13 @@ def test_a_task_is_true_of_its_documents(kind, seed, depth):
     task = KINDS[kind](random.Random(seed), DOCUMENTS, depth)
     assert task.kind == kind and is_right(task, task.answer) and not is_right(task, "I do not know.")
     texts = {d.path: d.text for d in task.documents}
-    path, line = task.place.rsplit(":", 1)
-    said = texts[path].splitlines()[int(line) - 1]
+    lines = [texts[path].splitlines()[line - 1] for path, line in task.places]
+    said = lines[0]
+    assert task.place == "{}:{}".format(*task.places[0])
     whole = "".join(texts.values())
     if kind == "defines":
-        assert task.facts == (path,) and re.search(rf"(def|class) {task.question.split()[3].rstrip('.')}\b", said)
+        name = task.question.split()[3].rstrip(".?")
+        assert task.facts == (task.places[0][0],) and re.search(rf"(def|class) {name}\b", said)
     elif kind in ("takes", "returns"):
         assert f"{task.facts[0]}" in said and "def " in said
     elif kind in ("raises", "summary", "chapter", "field"):
@@ -96,7 +100,9 @@ def test_a_task_is_true_of_its_documents(kind, seed, depth):
         name = re.search(r"magic number of the ([a-z ]+)\?", task.question)[1]
         assert name not in whole and "magic number" in said
     else:
-        assert all(whole.count(fact) >= 1 for fact in task.facts) and task.facts[0] in said
+        assert all(fact in line for fact, line in zip(task.facts, lines, strict=True))
+    if kind == "values":
+        assert re.findall(r"\d+", task.answer) == re.findall(r"number of .* is (\d+)", whole)
     if depth is not None and kind in ("needle", "keys", "values", "queries", "variables", "absent"):
         before = whole[: whole.index(said + "\n")].count("\n") / max(whole.count("\n"), 1)
         assert abs(before - depth) < 0.25
@@ -152,7 +158,7 @@ def test_a_chain_of_variables_is_in_order():
 
 
 def test_an_answer_needs_every_fact_as_a_word():
-    task = Task("values", (), "", "", ("123", "src/a.py"), 0.0, "x:1")
+    task = Task("values", (), "", "", ("123", "src/a.py"), 0.0, ())
     assert is_right(task, "123 and SRC/A.PY.") and is_right(task, "(123), src/a.py")
     assert (
         not is_right(task, "1234 and src/a.py") and not is_right(task, "123") and not is_right(task, "123 my_src/a.py")
@@ -171,9 +177,10 @@ def test_packing():
 @pytest.fixture(scope="module")
 def layout(tiny_checkpoint) -> Layout:
     from nsa_cli.train import layout
-    from nsa_models import load_tokenizer
+    from nsa_models import load_model, load_tokenizer
 
-    return layout(load_tokenizer(tiny_checkpoint))
+    config = replace(load_model(tiny_checkpoint, "cpu").config, reread=REREAD)
+    return layout(load_tokenizer(tiny_checkpoint), config)
 
 
 def plan(**data) -> TrainConfig:
@@ -213,6 +220,54 @@ def test_a_task_is_laid_out_as_a_question_is(layout, tmp_path, nsa, monkeypatch)
     prompt, reply = layout.asked(task)
     assert run.code == 0 and read == prompt
     assert reply[-1] in layout.tokenizer.eos_ids and layout.tokenizer.decode(reply) == task.answer
+
+
+LONG = (
+    Text("a/notes.txt", "".join(f"note {i} about the sea\n" for i in range(400))),
+    Text("b/lamp.py", CODE),
+    Text("c/guide.md", GUIDE),
+    Text("d/log.txt", "".join(f"log {i} about the sea\n" for i in range(400))),
+)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("raises", "chapter")])  # too far apart
+def test_passages_to_practise_on_hold_the_answer(layout, kind):
+    """Among others, cut from the same texts, in their order and as full as a second reading is."""
+    made = 0
+    for seed in range(8):
+        rng = random.Random(seed)
+        task = KINDS[kind](rng, LONG)
+        prompt, reply = layout.reread(rng, task, 4000)
+        text = layout.tokenizer.decode(prompt)
+        assert layout.tokenizer.decode(reply) == task.answer and text.count(task.question) == 1
+        around = layout.tokenizer.prompt(task.question)
+        passages = len(prompt) - len(around.before) - len(around.after)
+        assert REREAD / 2 < passages <= REREAD
+        texts = {d.path: d.text.splitlines() for d in task.documents}
+        paths = re.findall(r"^=== (\S+?)(?: \(from line \d+\))? ===$", text, re.M)
+        assert paths == sorted(paths) and set(paths) <= texts.keys()
+        assert all(path in paths and texts[path][line - 1] in text for path, line in task.places)
+        assert all(fact in text for fact in task.facts)
+        made += len(paths)
+    assert made > 8
+
+
+def test_passages_that_cannot_hold_an_answer(layout):
+    task = KINDS["queries"](random.Random(0), LONG)
+    with pytest.raises(Unsuitable, match="300 tokens do not hold the places of this queries task"):
+        layout.passages(random.Random(0), task, 300)
+    far = Text("b/far.py", "def far(a):\n" + "    a += 1\n" * 300 + "    raise KeyError(a)\n")
+    with pytest.raises(Unsuitable):  # what is raised stands too far from where it is looked for
+        layout.passages(random.Random(0), KINDS["raises"](random.Random(0), [far]), 3000)
+
+
+def test_a_share_of_the_tasks_is_reread(layout):
+    corpora = [(Corpus(LONG), 1.0)]
+    settings = plan(tasks={"needle": 1}, task_share=1.0, reread_share=0.5)
+    mixture = Mixture(replace(settings, curriculum=(Stage(1, 2500),)), corpora, layout)
+    texts = [layout.tokenizer.decode(mixture(0, i).ids.tolist()) for i in range(12)]
+    again = sum(" (from line " in text for text in texts)
+    assert all("magic number" in text for text in texts) and 0 < again < 12
 
 
 @pytest.mark.parametrize("kind", KINDS)

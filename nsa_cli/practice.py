@@ -1,0 +1,57 @@
+"""Passages to practise rereading on: those that hold an answer, among others that its question could lead to."""
+
+import random
+from typing import TYPE_CHECKING
+
+from nsa_cli.context import build_context
+from nsa_cli.documents import Document
+from nsa_cli.evidence import counted_tokens
+from nsa_cli.reread import around
+from nsa_models.training.tasks import Unsuitable
+
+if TYPE_CHECKING:
+    from nsa_cli.context import Context, ContextFile
+    from nsa_models import NSAConfig
+    from nsa_models.tokenizer import Tokenizer
+    from nsa_models.training.tasks import Task
+
+
+def practice_passages(
+    rng: random.Random, task: "Task", tokenizer: "Tokenizer", config: "NSAConfig", room: int
+) -> "list[ContextFile]":
+    """Passages of at most `room` tokens, as `nsa_cli.reread` cuts them: around the task's places, and as many as fit
+    around blocks that share tokens with the question, which is what retrieval heads go by. Raises Unsuitable where
+    they would not hold what the answer takes.
+    """
+    context = build_context([Document(text.path, text.text) for text in task.documents], tokenizer)
+    size = config.evidence_block
+    blocks = [(start, start + size) for start in range(0, context.tokens, size)]
+    told = [blocks[token_of(context, *place) // size] for place in task.places]
+    if not holds(around(told, context, room), task):
+        raise Unsuitable(f"{room} tokens do not hold the places of this {task.kind} task")
+    wanted = asked_tokens(task.question, tokenizer)
+    rng.shuffle(blocks)
+    alike = {block: rng.random() * (1 + len(wanted.intersection(context.ids[slice(*block)]))) for block in blocks}
+    return around([*told, *sorted(blocks, key=lambda block: -alike[block])], context, room)
+
+
+def token_of(context: "Context", path: str, line: int) -> int:
+    """The first token of a line."""
+    file = next(file for file in context.files if file.path == path)
+    character = file.line_ends[line - 2] + 1 if line > 1 else 0
+    return file.start + len(file.header) + next(i for i, at in enumerate(file.offsets) if at >= character)
+
+
+def asked_tokens(question: str, tokenizer: "Tokenizer") -> set[int]:
+    """Those of words that say what is asked about, as they stand in a sentence."""
+    ids, starts = tokenizer.encode_with_offsets(question)
+    return {i for i, counted in zip(ids, counted_tokens(question, starts), strict=True) if counted}
+
+
+def holds(passages: "list[ContextFile]", task: "Task") -> bool:
+    """Whether they say all that the documents say of the task's facts, and have its places."""
+    told = [(part.path, range(part.first_line, part.first_line + len(part.line_ends))) for part in passages]
+    if not all(any(path == place[0] and place[1] in lines for path, lines in told) for place in task.places):
+        return False
+    whole, kept = (" ".join(" ".join(t.text for t in texts).split()) for texts in (task.documents, passages))
+    return all(fact in kept for fact in task.facts if fact in whole)
