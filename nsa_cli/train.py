@@ -184,7 +184,7 @@ def make_trainer(
     tokenizer = load_tokenizer(home)
     if plan.data.reread_share and not config.reread:
         raise InputError("config: data.reread_share: the model answers from no passages; its config.json says reread 0")
-    longest = max(stage.length for stage in plan.curriculum)
+    longest = max(max(stage.length, stage.context) for stage in plan.curriculum)
     if longest > config.max_position_embeddings:
         raise InputError(
             f"config: a stage has {longest:,} tokens, but the model is made for {config.max_position_embeddings:,}; "

@@ -24,16 +24,18 @@ class Batch:
     answers: Tensor  # (T,) bool: the target belongs to an answer
     asked: Tensor  # (T,) bool: the sequence has an answer, so that its text is not learned
     lengths: list[int]
+    context: int = 0  # tokens that positions are scaled for, in sequences that are shorter
 
     @property
     def tokens(self) -> int:
         return self.ids.shape[0]
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(t.to(device) for t in (self.ids, self.targets, self.answers, self.asked)), self.lengths)
+        moved = (t.to(device) for t in (self.ids, self.targets, self.answers, self.asked))
+        return Batch(*moved, self.lengths, self.context)
 
 
-def pack(examples: Sequence[Example]) -> Batch:
+def pack(examples: Sequence[Example], context: int = 0) -> Batch:
     """One batch of at least one example, in their order."""
     ids, targets, answers, asked = [], [], [], []
     for example in examples:
@@ -48,4 +50,5 @@ def pack(examples: Sequence[Example]) -> Batch:
         torch.tensor(answers),
         torch.tensor(asked),
         [len(example.ids) for example in examples],
+        context,
     )

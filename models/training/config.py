@@ -19,6 +19,7 @@ class Stage:
     length: int  # longest sequence, tokens
     batch_tokens: int = 0  # tokens that one pass computes, sequences packed; 0 = length
     accumulate: int = 1  # passes per optimizer step
+    context: int = 0  # tokens: positions are scaled as in a context of so many, where that is longer than the sequence
 
 
 @dataclass(frozen=True)

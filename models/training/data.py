@@ -98,7 +98,7 @@ class Mixture:
         while not examples or room >= SHORTEST:
             examples.append(self.example(rng, min(room, stage.length)))
             room -= len(examples[-1].ids)
-        return pack(examples)
+        return pack(examples, stage.context)
 
     def example(self, rng: random.Random, length: int) -> Example:
         """One sequence of at most `length` tokens."""

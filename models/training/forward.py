@@ -38,6 +38,7 @@ def hidden_states(
     ids: Tensor,
     lengths: Sequence[int],
     *,
+    context: int = 0,
     dtype: torch.dtype = torch.float32,
     dense: bool = False,
     recompute: bool = False,
@@ -46,13 +47,17 @@ def hidden_states(
 ) -> Tensor:
     """ids: (T,), sequences of `lengths` tokens one after another. Returns the last hidden states (T, H), normed.
 
-    dense: full attention over the same weights. recompute: keep only each layer's input and compute the layer again
-    in the backward pass. each: called with (layer, its output (T, H)). watch: called with (sequence, its keys) in every
-    layer, before its attention is computed.
+    context: tokens that positions are scaled for in sequences that are shorter. dense: full attention over the same
+    weights. recompute: keep only each layer's input and compute the layer again in the backward pass. each: called
+    with (layer, its output (T, H)). watch: called with (sequence, its keys) in every layer, before its attention.
     """
     if sum(lengths) != ids.shape[0]:
         raise ValueError(f"lengths add up to {sum(lengths)}, not to {ids.shape[0]} tokens")
-    angles = [_angles(config, length, ids.device, dtype) for length in lengths]
+    ropes = [Rope(config, config.rope_factor(max(length, context))) for length in lengths]
+    angles = [
+        (rope, *rope.angles(torch.arange(length, device=ids.device), dtype))
+        for rope, length in zip(ropes, lengths, strict=True)
+    ]
     x = functional.embedding(ids, weights["model.embeddings.weight"]).to(dtype)
 
     for i in range(config.num_hidden_layers):
@@ -70,11 +75,6 @@ def output_logits(config: NSAConfig, weights: Weights, x: Tensor) -> Tensor:
     table = weights["model.embeddings.weight" if config.tie_word_embeddings else "lm_head.weight"]
     y = functional.linear(x, table.to(x.dtype))
     return y if y.dtype == torch.float64 else y.float()
-
-
-def _angles(config: NSAConfig, length: int, device, dtype: torch.dtype) -> tuple[Rope, Tensor, Tensor]:
-    rope = Rope(config, config.rope_factor(length))
-    return rope, *rope.angles(torch.arange(length, device=device), dtype)
 
 
 def _layer(config, weights, name: str, x: Tensor, angles, lengths, dense: bool, watch) -> Tensor:

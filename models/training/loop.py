@@ -189,6 +189,7 @@ class Trainer:
             self.student.weights,
             batch.ids,
             batch.lengths,
+            context=batch.context,
             dtype=self.dtype,
             recompute=plan.recompute,
             each=(lambda _, x: layers.append(x)) if guide is not None and keep else lambda _, x: None,

@@ -157,7 +157,9 @@ def test_the_shipped_deltas_in_slices(name, shorter, lengths, run_folder, tiny_c
 
     shipped = yaml.safe_load((files("nsa_models") / "training" / "configs" / f"{name}.yaml").read_text("utf-8"))
     for stage in shipped["curriculum"]:
-        stage |= {key: stage[key] // shorter for key in ("length", "batch_tokens") if key in stage} | {"steps": 1}
+        stage |= {key: stage[key] // shorter for key in ("length", "batch_tokens", "context") if key in stage} | {
+            "steps": 1
+        }
     shipped["data"]["texts"] = [{"path": str(run_folder / "texts")}]
     model = shutil.copytree(tiny_checkpoint, run_folder / "model")
     values = json.loads((model / "config.json").read_text())
@@ -234,6 +236,7 @@ def test_a_new_model(run_folder, tiny_checkpoint, nsa):
         ({"curriculum": [{"steps": "many", "length": 64}]}, "curriculum[0].steps must be a whole number, got 'many'"),
         ({"curriculum": []}, "curriculum is empty"),
         ({"curriculum": [{"steps": 1, "length": 99999}]}, "the model is made for 32,768"),
+        ({"curriculum": [{"steps": 1, "length": 64, "context": 99999}]}, "a stage has 99,999 tokens"),
         ({"data": {"texts": []}}, "no data"),
         ({"data": {"texts": [{"path": "nowhere.txt"}]}}, "no such file or directory: nowhere.txt"),
         ({"data": {"texts": [{"path": "/dev/null/x.jsonl"}]}}, "/dev/null/x.jsonl: Not a directory"),

@@ -40,6 +40,23 @@ def test_logits_are_those_of_inference_sequence_by_sequence(name):
         torch.testing.assert_close(got, inference(sequence), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("rope", ["before", "after", "none"])
+def test_positions_are_scaled_as_in_a_longer_context(rope):
+    """A sequence alone is computed as the beginning of one that fills the context."""
+    from nsa_models import Cache
+
+    inference = model(rope_scaling=RopeScaling(4.0, 64), compress_rope=rope)
+    lengths = [120, 130]
+    ids = torch.randint(97, (250,), generator=torch.Generator().manual_seed(1))
+    weights = inference.state_dict()
+    got = hidden_states(inference.config, weights, ids, lengths, context=200, dtype=torch.float64).split(lengths)
+    for sequence, hidden in zip(ids.split(lengths), got, strict=True):
+        expected = inference.advance(sequence, Cache(inference.config, 200, dtype=torch.float64))
+        torch.testing.assert_close(hidden, expected, rtol=1e-9, atol=1e-9)
+    alone = hidden_states(inference.config, weights, ids, lengths, context=100, dtype=torch.float64).split(lengths)
+    assert (alone[0] - got[0]).abs().max() > 1e-3, "the test would not see the difference"
+
+
 def test_dense_is_inference_with_dense_attention():
     from nsa_models import Cache
 

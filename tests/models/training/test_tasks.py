@@ -198,6 +198,8 @@ def test_a_batch_is_a_function_of_its_index(layout):
     assert len({batch.ids.numpy().tobytes() for batch in batches}) == 12
     assert all(batch.tokens <= 700 and max(batch.lengths) <= 300 for batch in batches)
     assert any(batch.answers.any() for batch in batches) and any((~batch.asked).any() for batch in batches)
+    scaled = Mixture(replace(settings, curriculum=(Stage(4, 300, context=5000),)), corpora, layout)(0, 3)
+    assert scaled.context == scaled.to("cpu").context == 5000 and one(0, 3).context == 0
 
 
 def test_a_task_is_laid_out_as_a_question_is(layout, tmp_path, nsa, monkeypatch):
