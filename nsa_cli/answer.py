@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nsa_cli.checkpoint import Checkpoint
 from nsa_cli.citations import Citation, check_citations, texts_in
-from nsa_cli.evidence import Evidence, counted_tokens, find_evidence
+from nsa_cli.evidence import Evidence, counted_tokens, find_evidence, significant_blocks
 from nsa_cli.held import Held
 from nsa_cli.output import VERBOSE, emit, progress, say, warn
 from nsa_cli.reread import passages
@@ -50,6 +50,10 @@ class Request:
     held: Held | None = None  # keeps what was read in memory, for the next question about it
     schema: "Schema | None" = None  # the answer is JSON of this schema
     fit: bool = False  # max_context is what free memory holds, if that is less
+
+    def of_all(self) -> "Request":
+        """The same for what concerns a whole text and is seldom at a few places: reread only if it says so."""
+        return replace(self, reread=self.reread or 0)
 
     def wording(self, question: str) -> str:
         """The question as the model gets it."""
@@ -216,18 +220,22 @@ class Conversation:
 
     def ask(self, question: str, tell: Callable[[str], None]) -> Answer:
         """Answer one more question, knowing those before it. Raises BudgetError, before anything is read, where it and
-        its answer do not fit.
+        its answer do not fit. Ctrl-C while it is read takes it back.
         """
         checkpoint, request, cache = self.checkpoint, self.request, self.cache
         rest, around = self._next(question)
         reused = cache.length if self.stored is None else self.stored  # the first question pays for the reading
-        prompt_tokens = cache.length + len(rest)
+        known, prompt_tokens = cache.length, cache.length + len(rest)
         self._check_room(prompt_tokens, request.sampling.max_tokens)
-        logits, retrieval = read_question(checkpoint, rest, around, cache)
-        again = self._passages(question, retrieval)
-        closer = cache
-        if again:
-            closer, logits = read_again(checkpoint, again, request.sampling.max_tokens)
+        try:
+            logits, retrieval = read_question(checkpoint, rest, around, cache)
+            again = self._passages(question, retrieval)
+            closer = cache
+            if again:
+                closer, logits = read_again(checkpoint, again, request.sampling.max_tokens)
+        except KeyboardInterrupt:
+            cache.truncate(known)
+            raise
         prefilled = time.perf_counter()
         text, ids, reason, first = generate(checkpoint, closer, logits, request, silent if request.schema else tell)
         self.unread = ids[cache.length - prompt_tokens :]
@@ -256,6 +264,8 @@ class Conversation:
             return []
         found = passages(retrieval, self.context, self.before, limit)
         if not found:
+            if significant_blocks(retrieval):
+                warn(f"--reread {limit} holds no passage: the answer comes from all of the text")
             return []
         tokenizer, system = self.checkpoint.tokenizer, self.request.system
         first, *later = (self.request.wording(asked) for asked in (*(turn.question for turn in self.turns), question))

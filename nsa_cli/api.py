@@ -83,10 +83,9 @@ class NSA:
         wish = Wish(focus, length, style)
         with self._speaking():
             read, packing, request = self._options({"max_tokens": wish.max_tokens() or None} | options)
-            request = replace(request, reread=request.reread or 0)
             documents, skips = _documents(paths, text, read)
             context = pack(documents, skips, self.checkpoint, "", request, reads_in_parts(packing))
-            return summarize(self.checkpoint, context, request, tell, wish.wording(WHOLE), wish.wording(JOIN))
+            return summarize(self.checkpoint, context, request.of_all(), tell, wish.wording(WHOLE), wish.wording(JOIN))
 
     def run(
         self,

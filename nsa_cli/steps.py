@@ -121,8 +121,7 @@ def _request(recipe: Recipe, step: Step, request: Request, explicit: Collection[
         own["stop"] = tuple(own["stop"])
     generate = {name: own.pop(name) for name in Sampling.__dataclass_fields__ if name in own}
     schema = parse_schema(step.schema) if step.schema is not None else None
-    request = replace(request, reread=request.reread or 0)  # what a recipe asks for is seldom at a few places
-    return replace(request, sampling=replace(request.sampling, **generate), schema=schema, **own)
+    return replace(request.of_all(), sampling=replace(request.sampling, **generate), schema=schema, **own)
 
 
 def _join(checkpoint: Checkpoint, answers: Sequence[PartAnswer]) -> "Context":

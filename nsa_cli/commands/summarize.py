@@ -60,11 +60,10 @@ def command(paths, focus, length, style, per, strict, read, packing, request, ch
     typed = click.get_current_context().get_parameter_source("max_tokens") is ParameterSource.COMMANDLINE
     if wish.max_tokens() > request.sampling.max_tokens and not typed:
         request = replace(request, sampling=replace(request.sampling, max_tokens=wish.max_tokens()))
-    request = replace(request, reread=request.reread or 0)
     documents, skips = read_documents(paths_or_stdin(paths, read), read)
     say_skipped(skips)
     context = pack(documents, skips, checkpoint, "", request, reads_in_parts(packing))
-    replies = show_summaries(checkpoint, context, wish, per, request, as_json)
+    replies = show_summaries(checkpoint, context, wish, per, request.of_all(), as_json)
     if strict:
         require_citations(replies)
 

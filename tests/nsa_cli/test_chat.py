@@ -116,6 +116,32 @@ def test_who_types_keeps_the_conversation_after_a_mistake(tiny_checkpoint, capsy
         chat(conversation, ["who runs?"], False, patient=False)
 
 
+@pytest.mark.parametrize("reading", ["read_question", "read_again"])
+def test_ctrl_c_while_a_question_is_read_takes_it_back(reading, tiny_checkpoint, capsys, monkeypatch):
+    """The next one is answered as if it had not been asked."""
+    from nsa_cli import answer
+
+    checkpoint = Checkpoint(str(tiny_checkpoint))
+    context = build_context([Document("a.txt", TEXT * 9)], checkpoint.tokenizer)
+    conversation = begin(checkpoint, context, Request(Sampling(max_tokens=5), store="off", reread=400))
+    whole = getattr(answer, reading)
+
+    def interrupted(*args):
+        whole(*args)
+        raise KeyboardInterrupt
+
+    said = []
+    for between in ([], ["what does it jump over?"]):
+        conversation.reset()
+        chat(conversation, ["who runs?"], False, patient=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(answer, reading, interrupted)
+            chat(conversation, between, False, patient=True)
+        chat(conversation, ["from whom?"], False, patient=True)
+        said.append((capsys.readouterr().out, conversation.turns, conversation.cache.length))
+    assert said[0] == said[1] and len(said[0][1]) == 2
+
+
 def test_a_session_goes_on_where_it_was_and_a_copy_is_a_branch(nsa, text, tmp_path):
     session, branch = tmp_path / "s.jsonl", tmp_path / "branch.jsonl"
     once = replies(nsa("chat", text, *EXACT, "--json", stdin="who runs?\nand who jumps?\nwhy?\n"))

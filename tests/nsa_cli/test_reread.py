@@ -99,6 +99,12 @@ def test_an_answer_from_passages(nsa, book, tiny_checkpoint):
     assert asked(nsa, book, "--reread", 500)["answer"] == again["answer"]
 
 
+def test_too_few_tokens_for_a_passage(nsa, book):
+    run = nsa("ask", book, "zebra quagga?", "--max-tokens", 6, "--reread", 20)
+    assert run.code == 0 and "--reread 20 holds no passage: the answer comes from all of the text" in run.err
+    assert "again" not in run.err
+
+
 def test_a_text_that_is_short_enough_is_read_once(nsa, book):
     book.write_text("zebra quagga\n" * 3)
     assert asked(nsa, book, "--reread", 500)["usage"]["reread_tokens"] == 0
