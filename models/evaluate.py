@@ -128,6 +128,9 @@ class Trial:
     depth: float | None  # asked for
     reply: str
     right: bool
+    named: bool | None = (
+        None  # whether all places that the answer takes were among those named beside it; None = none is
+    )
 
 
 def ask_tasks(

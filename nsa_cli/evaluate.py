@@ -10,8 +10,10 @@ from nsa_cli.checkpoint import Checkpoint
 from nsa_cli.output import progress, warn
 
 if TYPE_CHECKING:
+    from nsa_cli.evidence import Evidence
     from nsa_models.evaluate import Measure, Trial
     from nsa_models.training.data import Corpus, Layout
+    from nsa_models.training.tasks import Task
 
 SCHEMA_VERSION = 1
 PERPLEXITY, SHORT = "perplexity", "short"  # not tasks over the texts
@@ -63,6 +65,7 @@ class Row:
                     "answer": t.task.answer,
                     "reply": t.reply,
                     "right": t.right,
+                    **({} if t.named is None else {"named": t.named}),
                 }
                 for t in self.trials
             ],
@@ -178,8 +181,16 @@ def ask_as_the_command(
             most = longest_reply(arranged.asked(task)[1])
             request = Request(Sampling(max_tokens=most), store="off")
             reply = answer(checkpoint, context, task.question, request, silent)
-            yield Trial(task, reply.usage.prompt_tokens, depth, reply.text, is_right(task, reply.text))
+            right, named = is_right(task, reply.text), are_named(task, reply.evidence)
+            yield Trial(task, reply.usage.prompt_tokens, depth, reply.text, right, named)
         done()
+
+
+def are_named(task: "Task", evidence: "Sequence[Evidence]") -> bool | None:
+    """Whether evidence names every place that the answer takes; None where the answer is that there is none."""
+    if task.kind == "absent":
+        return None
+    return all(any(e.path == path and e.start <= line <= e.end for e in evidence) for path, line in task.places)
 
 
 def texts(names: Sequence[str]) -> list:
@@ -225,7 +236,9 @@ def cell(row: Row) -> str:
         return f"{m.value:.2f} [{m.low:.2f}, {m.high:.2f}]"
     if not m.samples:
         return "none in the text"
-    return f"{100 * m.value:.0f} % [{100 * m.low:.0f}, {100 * m.high:.0f}]"
+    named = [t.named for t in row.trials if t.named is not None]
+    also = f", named {100 * sum(named) / len(named):.0f} %" if named else ""
+    return f"{100 * m.value:.0f} % [{100 * m.low:.0f}, {100 * m.high:.0f}]{also}"
 
 
 def as_json(checkpoint: Checkpoint, plan: Plan, rows: Sequence[Row]) -> dict:

@@ -3,13 +3,16 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from nsa_cli.evaluate import Row, are_named, table
+from nsa_cli.evidence import Evidence
 from nsa_models import Cache, load_model, load_tokenizer
-from nsa_models.evaluate import Reader, perplexity, share
+from nsa_models.evaluate import Reader, Trial, perplexity, share
 from nsa_models.training.tasks import Task, is_right, short_tasks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,8 +78,21 @@ def test_ask_is_asked_as_the_command_is(nsa, text, tiny_checkpoint, tmp_path):
         nsa_row, ask_row, *rest = json.loads(run.out)["results"]
         assert [row["attention"] for row in (nsa_row, ask_row, *rest)] == ["nsa", "ask", "nsa"]
         assert all(a["tokens"] == b["tokens"] for a, b in zip(nsa_row["trials"], ask_row["trials"], strict=True))
+        assert all("named" in t for t in ask_row["trials"]) and not any("named" in t for t in nsa_row["trials"])
         replies[reread] = [[t["reply"].strip() for t in row["trials"]] for row in (nsa_row, ask_row)]
     assert replies[0][0] == replies[0][1] == replies[400][0] != replies[400][1]
+
+
+def test_places_are_named_if_all_of_them_are():
+    found = [Evidence("a.py", 3, 5, 9.0), Evidence("b.py", 1, 1, 2.0)]
+    task = Task("values", (), "", "", ("7",), 0.0, (("a.py", 3), ("b.py", 1), ("a.py", 5)))
+    assert are_named(task, found) is True and are_named(task, found[:1]) is False
+    assert are_named(replace(task, places=(("a.py", 6),)), found) is False
+    assert are_named(replace(task, kind="absent"), found) is None
+    trials = [Trial(task, 9, 0.5, "", right, named) for right, named in ((True, True), (False, True), (True, False))]
+    assert "67 % [21, 94], named 67 %" in table([Row("values", 9, "ask", 9, share(trials), trials)])
+    trials = [replace(trial, named=None) for trial in trials]
+    assert "named" not in table([Row("values", 9, "nsa", 9, share(trials), trials)])
 
 
 def test_short_questions_need_no_text(nsa):
@@ -143,8 +159,6 @@ def test_replies_are_alike_where_all_is_read(tiny_checkpoint, attention):
 
 def test_wilsons_interval():
     """9 of 10: [0.5958, 0.9821] (Wilson 1927, z = 1.96)."""
-    from nsa_models.evaluate import Trial
-
     task = Task("needle", (), "", "", (), 0.0, ())
     trials = [Trial(task, 1, 0.5, "", i > 0) for i in range(10)]
     got = share(trials)
