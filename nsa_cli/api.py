@@ -13,16 +13,17 @@ from dataclasses import replace
 
 import click
 
-from nsa_cli.answer import Answer, Request, silent
 from nsa_cli.batch import TEXT, Settings, local_engine
 from nsa_cli.checkpoint import Checkpoint
 from nsa_cli.commands.options import answer_options, checkpoint_options, document_options, packing_options
 from nsa_cli.documents import Document, ReadOptions, Skip, read_documents
 from nsa_cli.held import Held
 from nsa_cli.jobs import groups, parse_jobs
-from nsa_cli.output import NORMAL, QUIET, Verbosity, describe
+from nsa_cli.output import NORMAL, QUIET, Verbosity, describe, silent
 from nsa_cli.packing import Packing, pack, reads_in_parts, room_beside
 from nsa_cli.recipe import load_recipe
+from nsa_cli.reply import Answer
+from nsa_cli.request import Request
 from nsa_cli.steps import RecipeAnswer, pack_for, run_recipe
 from nsa_cli.summarize import JOIN, WHOLE, Wish, ask_about, summarize
 from nsa_models.errors import InputError

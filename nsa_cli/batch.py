@@ -6,15 +6,17 @@ from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
-from nsa_cli.answer import SCHEMA_VERSION, Answer, Request, answer, silent
+from nsa_cli.answer import answer
 from nsa_cli.checkpoint import Checkpoint
 from nsa_cli.documents import Document, ReadOptions, Skip, read_documents
 from nsa_cli.held import Held
 from nsa_cli.jobs import Job, groups
-from nsa_cli.output import describe, progress, say, say_skipped
+from nsa_cli.output import describe, progress, say, say_skipped, silent
 from nsa_cli.packing import Packing, pack, room_beside
 from nsa_cli.recipe import Recipe, find_recipe, load_recipe
 from nsa_cli.records import RecordFile, RecordStream
+from nsa_cli.reply import SCHEMA_VERSION, Answer
+from nsa_cli.request import Request
 from nsa_cli.schema import parse_schema
 from nsa_cli.steps import pack_for, run_recipe
 from nsa_cli.summarize import ask_about

@@ -5,9 +5,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nsa_cli.answer import SCHEMA_VERSION, Conversation, Request, Turn, check_fit, document_room, show, silent
+from nsa_cli.budget import check_fit, document_room
 from nsa_cli.checkpoint import Checkpoint
-from nsa_cli.output import emit, say, write_atomically
+from nsa_cli.conversation import Conversation, Turn
+from nsa_cli.output import emit, say, silent, write_atomically
+from nsa_cli.reply import SCHEMA_VERSION, show
+from nsa_cli.request import Request
 from nsa_cli.text_file import read_text
 from nsa_models.errors import BudgetError, InputError
 

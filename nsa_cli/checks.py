@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nsa_cli.answer import Answer
+    from nsa_cli.reply import Answer
 
 
 def failed_checks(expect: Mapping[str, object], reply: "Answer") -> list[str]:

@@ -168,9 +168,11 @@ def ask_as_the_command(
     checkpoint: Checkpoint, arranged: "Layout", corpus: "Corpus", kind: str, length: int, plan: Plan, done: Callable
 ) -> "Iterator[Trial]":
     """What `nsa ask` answers to the same tasks."""
-    from nsa_cli.answer import Request, answer, silent
+    from nsa_cli.answer import answer
     from nsa_cli.context import build_context
     from nsa_cli.documents import Document
+    from nsa_cli.output import silent
+    from nsa_cli.request import Request
     from nsa_models.evaluate import Trial, longest_reply, tasks
     from nsa_models.sampling import Sampling
     from nsa_models.training.tasks import is_right

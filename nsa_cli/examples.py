@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nsa_cli.answer import Request
 from nsa_cli.batch import TEXT
 from nsa_cli.checkpoint import Checkpoint
 from nsa_cli.checks import failed_checks
 from nsa_cli.documents import Document, ReadOptions, read_documents
 from nsa_cli.packing import Packing
 from nsa_cli.recipe import Example, Recipe
+from nsa_cli.request import Request
 from nsa_cli.steps import RecipeAnswer, pack_for, run_recipe
 from nsa_models.errors import CheckError
 

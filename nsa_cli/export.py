@@ -5,10 +5,10 @@ import re
 from collections.abc import Sequence
 from xml.sax.saxutils import escape, quoteattr
 
-from nsa_cli.answer import SCHEMA_VERSION
 from nsa_cli.context import listing_text, notes
 from nsa_cli.documents import Document, Skip
 from nsa_cli.documents.readers import suffix_of
+from nsa_cli.reply import SCHEMA_VERSION
 
 HEADER = re.compile(r"^(={3,}) (?!=).* \1$", re.MULTILINE)
 FORMATS = ("text", "markdown", "xml", "json")

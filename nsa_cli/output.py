@@ -182,3 +182,7 @@ def progress(label: str, total: int, unit: str = "tokens") -> Iterator[Callable[
                 say(f"{label}: {shown * 10} % of {total:,} {unit}", VERBOSE)
 
         yield advance
+
+
+def silent(text: str) -> None:
+    """What to tell nobody with."""

@@ -17,8 +17,8 @@ from nsa_cli.settings import cache_dir
 from nsa_cli.token_cache import TokenCache
 
 if TYPE_CHECKING:
-    from nsa_cli.answer import Request
     from nsa_cli.checkpoint import Checkpoint
+    from nsa_cli.request import Request
     from nsa_models.tokenizer import Tokenizer
 
 __all__ = [
@@ -78,7 +78,7 @@ def pack(
 
 def room_beside(checkpoint: "Checkpoint", question: str, request: "Request", packing: Packing) -> int:
     """Document tokens that fit beside the question and the answer, and beside what is to be kept free."""
-    from nsa_cli.answer import document_room, most_tokens
+    from nsa_cli.budget import document_room, most_tokens
 
     room = document_room(checkpoint, question, request)
     return min(room, most_tokens(checkpoint, request) - (packing.reserve or 0))

@@ -3,12 +3,12 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from nsa_cli.answer import Request
 from nsa_cli.commands.run import problems_of
 from nsa_cli.documents import ReadOptions
 from nsa_cli.output import write_atomically
 from nsa_cli.packing import Packing
 from nsa_cli.recipe import user_dir
+from nsa_cli.request import Request
 from nsa_models.errors import InputError
 from nsa_models.sampling import Sampling
 

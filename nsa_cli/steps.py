@@ -5,13 +5,16 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from nsa_cli.answer import Answer, Request, answer, combined, document_room, silent
+from nsa_cli.answer import answer
+from nsa_cli.budget import document_room
 from nsa_cli.checkpoint import Checkpoint
 from nsa_cli.checks import failed_checks
 from nsa_cli.citations import check_citations, texts_in
-from nsa_cli.output import say, warn
+from nsa_cli.output import say, silent, warn
 from nsa_cli.packing import Packing, pack
 from nsa_cli.recipe import Recipe, Step
+from nsa_cli.reply import Answer, combined
+from nsa_cli.request import Request
 from nsa_models.errors import CheckError, InputError
 from nsa_models.sampling import Sampling
 

@@ -4,10 +4,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from nsa_cli.answer import Answer, Request, answer, answers, combined, document_room, silent
+from nsa_cli.answer import answer, answers
+from nsa_cli.budget import document_room
 from nsa_cli.checkpoint import Checkpoint
 from nsa_cli.citations import check_citations
-from nsa_cli.output import say, warn
+from nsa_cli.output import say, silent, warn
+from nsa_cli.reply import Answer, combined
+from nsa_cli.request import Request
 from nsa_models.errors import BudgetError
 
 if TYPE_CHECKING:

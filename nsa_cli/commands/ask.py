@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import click
 
-from nsa_cli.answer import Answer, Request, require_citations, show, silent
 from nsa_cli.commands.options import (
     output_option,
     paths_or_stdin,
@@ -18,9 +17,11 @@ from nsa_cli.commands.options import (
 from nsa_cli.commands.run import explicit
 from nsa_cli.completion import complete_paths
 from nsa_cli.documents import ReadOptions, read_documents
-from nsa_cli.output import emit, say_skipped
+from nsa_cli.output import emit, say_skipped, silent
 from nsa_cli.packing import Packing, pack, room_beside
 from nsa_cli.recipe_keys import NAME
+from nsa_cli.reply import Answer, require_citations, show
+from nsa_cli.request import Request
 from nsa_cli.summarize import ask_about
 from nsa_models.errors import CheckError, InputError
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 
-from nsa_cli.answer import Request
 from nsa_cli.batch import Engine, Settings, local_engine, run_batch
 from nsa_cli.checkpoint import Checkpoint
 from nsa_cli.commands.options import (
@@ -23,6 +22,7 @@ from nsa_cli.completion import complete_paths
 from nsa_cli.jobs import parse_jobs
 from nsa_cli.packing import Packing
 from nsa_cli.records import RecordFile, RecordStream
+from nsa_cli.request import Request
 from nsa_models.errors import InputError
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 
-from nsa_cli.answer import SCHEMA_VERSION
 from nsa_cli.commands.options import json_option
 from nsa_cli.completion import complete_models
 from nsa_cli.output import say
+from nsa_cli.reply import SCHEMA_VERSION
 from nsa_cli.settings import BUILTIN, models_dir, resolve_model
 from nsa_cli.units import format_bytes
 from nsa_models.errors import InputError, ModelError

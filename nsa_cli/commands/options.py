@@ -11,7 +11,6 @@ from pathlib import Path
 
 import click
 
-from nsa_cli.answer import STORE_MODES, Request
 from nsa_cli.checkpoint import Checkpoint
 from nsa_cli.completion import complete_models, complete_paths
 from nsa_cli.documents import ReadOptions
@@ -19,6 +18,7 @@ from nsa_cli.documents.ignore import KINDS
 from nsa_cli.documents.table import MAX_ROWS
 from nsa_cli.output import output_option, verbosity_options
 from nsa_cli.packing import LEVELS, ORDERS, OVERFLOWS, Packing
+from nsa_cli.request import STORE_MODES, Request
 from nsa_cli.text_file import read_text
 from nsa_cli.units import format_bytes, parse_quantity
 from nsa_models.errors import InputError

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import click
 
-from nsa_cli.answer import SCHEMA_VERSION, Request
 from nsa_cli.checkpoint import Checkpoint
 from nsa_cli.commands.options import (
     document_options,
@@ -19,6 +18,8 @@ from nsa_cli.completion import complete_models, complete_paths
 from nsa_cli.context import Context, Grid, check_budget, parse_tokens, title
 from nsa_cli.documents import read_documents
 from nsa_cli.packing import pack_documents, room_beside, tree
+from nsa_cli.reply import SCHEMA_VERSION
+from nsa_cli.request import Request
 from nsa_cli.settings import cache_dir
 from nsa_cli.speed import expected
 from nsa_cli.token_cache import TokenCache

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import click
 
-from nsa_cli.answer import SCHEMA_VERSION
 from nsa_cli.checkpoint import Checkpoint
 from nsa_cli.commands.options import checkpoint_options, json_option
 from nsa_cli.commands.run import describe, problems_of
@@ -15,6 +14,7 @@ from nsa_cli.completion import complete_recipes
 from nsa_cli.output import VERBOSE, say, verbosity_options, write_atomically
 from nsa_cli.recipe import builtin_dir, find_recipe, load_recipe, recipe_paths, user_dir
 from nsa_cli.recipe_keys import NAME, json_schema
+from nsa_cli.reply import SCHEMA_VERSION
 from nsa_models.errors import CheckError, InputError
 
 TEMPLATE = """\

@@ -4,7 +4,6 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
-from nsa_cli.answer import show, silent
 from nsa_cli.commands.options import (
     output_option,
     paths_or_stdin,
@@ -12,8 +11,9 @@ from nsa_cli.commands.options import (
     verbosity_options,
 )
 from nsa_cli.completion import complete_paths, complete_recipes
-from nsa_cli.output import emit, say_skipped
+from nsa_cli.output import emit, say_skipped, silent
 from nsa_cli.recipe import Param, Recipe, load_recipe, read_recipe, recipe_paths
+from nsa_cli.reply import show
 from nsa_models.errors import InputError
 
 TYPES = {"string": click.STRING, "int": click.INT, "float": click.FLOAT}

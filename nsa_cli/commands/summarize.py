@@ -5,7 +5,6 @@ from dataclasses import replace
 import click
 from click.core import ParameterSource
 
-from nsa_cli.answer import Answer, require_citations, show, silent
 from nsa_cli.commands.options import (
     output_option,
     paths_or_stdin,
@@ -15,8 +14,9 @@ from nsa_cli.commands.options import (
 )
 from nsa_cli.completion import complete_paths
 from nsa_cli.documents import read_documents
-from nsa_cli.output import emit, say, say_skipped
+from nsa_cli.output import emit, say, say_skipped, silent
 from nsa_cli.packing import pack, reads_in_parts
+from nsa_cli.reply import Answer, require_citations, show
 from nsa_cli.summarize import JOIN, LENGTHS, STYLES, WHOLE, Wish, summarize
 
 

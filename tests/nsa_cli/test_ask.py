@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import nsa_cli.answer
 import nsa_cli.commands.ask
-from nsa_cli.answer import FIT_SHARE, StopStrings
+import nsa_cli.conversation
+from nsa_cli.budget import FIT_SHARE
 from nsa_cli.cli import run
+from nsa_cli.stop_strings import StopStrings
 from nsa_models import load_tokenizer
 from nsa_models.cost import estimate_memory
 from nsa_models.formats import read_config, weights_bytes
@@ -137,7 +138,7 @@ def test_a_prefill_that_was_interrupted_is_taken_up_again(nsa, docs, monkeypatch
         yield advance
 
     with monkeypatch.context() as patch:
-        patch.setattr(nsa_cli.answer, "progress", ctrl_c)
+        patch.setattr(nsa_cli.conversation, "progress", ctrl_c)
         run = nsa("ask", docs, QUESTION, *SHORT)
         assert (run.code, run.out) == (130, "")
     resumed = answer_of(nsa("ask", docs, QUESTION, *SHORT, "--json"))
@@ -455,7 +456,7 @@ def test_only_the_code_is_printed(nsa, docs, monkeypatch, said, code):
         tell(said)
         return said, [1], "stop", 0.0
 
-    monkeypatch.setattr("nsa_cli.answer.generate", generate)
+    monkeypatch.setattr("nsa_cli.conversation.generate", generate)
     run = nsa("ask", docs, "write it", "--code")
     if code is None:
         assert (run.code, run.out) == (6, "") and "no block of code in the answer" in run.err

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from nsa_cli.answer import Conversation, Request, silent
 from nsa_cli.chat import begin, chat
 from nsa_cli.checkpoint import Checkpoint
 from nsa_cli.commands.chat import typed_lines
 from nsa_cli.context import build_context
+from nsa_cli.conversation import Conversation
 from nsa_cli.documents import Document
+from nsa_cli.output import silent
+from nsa_cli.request import Request
 from nsa_models.errors import BudgetError
 from nsa_models.sampling import Sampling
 
@@ -119,12 +121,12 @@ def test_who_types_keeps_the_conversation_after_a_mistake(tiny_checkpoint, capsy
 @pytest.mark.parametrize("reading", ["read_question", "read_again"])
 def test_ctrl_c_while_a_question_is_read_takes_it_back(reading, tiny_checkpoint, capsys, monkeypatch):
     """The next one is answered as if it had not been asked."""
-    from nsa_cli import answer
+    from nsa_cli import conversation as module
 
     checkpoint = Checkpoint(str(tiny_checkpoint))
     context = build_context([Document("a.txt", TEXT * 9)], checkpoint.tokenizer)
     conversation = begin(checkpoint, context, Request(Sampling(max_tokens=5), store="off", reread=400))
-    whole = getattr(answer, reading)
+    whole = getattr(module, reading)
 
     def interrupted(*args):
         whole(*args)
@@ -135,7 +137,7 @@ def test_ctrl_c_while_a_question_is_read_takes_it_back(reading, tiny_checkpoint,
         conversation.reset()
         chat(conversation, ["who runs?"], False, patient=True)
         with monkeypatch.context() as patch:
-            patch.setattr(answer, reading, interrupted)
+            patch.setattr(module, reading, interrupted)
             chat(conversation, between, False, patient=True)
         chat(conversation, ["from whom?"], False, patient=True)
         said.append((capsys.readouterr().out, conversation.turns, conversation.cache.length))

@@ -131,7 +131,7 @@ def test_strict_fails_where_the_text_does_not_hold_a_quote(nsa, tmp_path, monkey
             tell(said)
             return said, [1], "stop", 0.0
 
-        monkeypatch.setattr("nsa_cli.answer.generate", generate)
+        monkeypatch.setattr("nsa_cli.conversation.generate", generate)
         run = nsa("ask", tmp_path / "a.txt", "what?", "--strict")
         assert (run.code, run.out) == (code, said + "\n"), run.err
         assert ("1 of 1 citations are not in the text: one three two" in run.err) == (code == 6)

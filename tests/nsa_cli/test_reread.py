@@ -126,12 +126,14 @@ def test_the_checkpoint_says_how_much(nsa, book, tiny_checkpoint, tmp_path):
 
 def test_a_conversation_goes_on_from_its_passages(nsa, book, tiny_checkpoint, monkeypatch):
     """The second prompt holds passages, the first question and its answer, and the second question, in this order."""
-    from nsa_cli import answer
+    from nsa_cli import conversation
     from nsa_models import load_tokenizer
 
     prompts: list[list[int]] = []
-    read_again = answer.read_again
-    monkeypatch.setattr(answer, "read_again", lambda c, ids, most: prompts.append(ids) or read_again(c, ids, most))
+    read_again = conversation.read_again
+    monkeypatch.setattr(
+        conversation, "read_again", lambda c, ids, most: prompts.append(ids) or read_again(c, ids, most)
+    )
     run = nsa("chat", book, "--reread", 400, "--max-tokens", 5, "--json", stdin="zebra quagga?\nand quagga?\n")
     assert run.code == 0, run.err
     first, second = (json.loads(line) for line in run.out.splitlines())
