@@ -148,6 +148,7 @@ def test_a_delta_is_what_changed(run_folder, tiny_checkpoint, nsa):
         ("delta", 128, [32, 128, 256, 1024]),
         ("recall", 8, [128, 256, 512, 1024]),
         ("locate", 8, [512, 1024]),
+        ("reread", 4, [256, 1024, 1024, 256, 1024]),
     ],
 )
 def test_the_shipped_deltas_in_slices(name, shorter, lengths, run_folder, tiny_checkpoint, nsa):
