@@ -1,6 +1,7 @@
 """Passages to practise rereading on: those that hold an answer, among others that its question could lead to."""
 
 import random
+from bisect import bisect_left
 from typing import TYPE_CHECKING
 
 from nsa_cli.context import build_context
@@ -31,6 +32,7 @@ def practice_passages(
         raise Unsuitable(f"{room} tokens do not hold the places of this {task.kind} task")
     wanted = asked_tokens(task.question, tokenizer)
     rng.shuffle(blocks)
+    # The more alike, the likelier: retrieval heads go by more than words, and so the most alike are not always there.
     alike = {block: rng.random() * (1 + len(wanted.intersection(context.ids[slice(*block)]))) for block in blocks}
     return around([*told, *sorted(blocks, key=lambda block: -alike[block])], context, room)
 
@@ -39,7 +41,7 @@ def token_of(context: "Context", path: str, line: int) -> int:
     """The first token of a line."""
     file = next(file for file in context.files if file.path == path)
     character = file.line_ends[line - 2] + 1 if line > 1 else 0
-    return file.start + len(file.header) + next(i for i, at in enumerate(file.offsets) if at >= character)
+    return file.start + len(file.header) + bisect_left(file.offsets, character)
 
 
 def asked_tokens(question: str, tokenizer: "Tokenizer") -> set[int]:
