@@ -128,9 +128,7 @@ class Trial:
     depth: float | None  # asked for
     reply: str
     right: bool
-    named: bool | None = (
-        None  # whether all places that the answer takes were among those named beside it; None = none is
-    )
+    named: bool | None = None  # whether evidence beside the reply names all that the answer takes; None = it names none
 
 
 def ask_tasks(

@@ -73,6 +73,10 @@ class ContextFile:
         return self.document.path
 
     @property
+    def ids(self) -> list[int]:
+        return [*self.header, *self.body]
+
+    @property
     def tokens(self) -> int:
         return len(self.header) + len(self.body)
 
@@ -145,7 +149,7 @@ class Context:
         padding = self.tokenizer.encode("\n")[-1:]
         for file in self.files:
             ids += padding * (file.start - len(ids))
-            ids += [*file.header, *file.body]
+            ids += file.ids
         return ids
 
     def locate(self, start: int, stop: int) -> list[Place]:

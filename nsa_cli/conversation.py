@@ -142,7 +142,7 @@ class Conversation:
         tokenizer, system = self.checkpoint.tokenizer, self.request.system
         first, *later = (self.request.wording(asked) for asked in (*(turn.question for turn in self.turns), question))
         around = tokenizer.prompt(first, system)
-        ids = [*around.before, *(i for part in found for i in (*part.header, *part.body)), *around.after]
+        ids = [*around.before, *(i for part in found for i in part.ids), *around.after]
         for turn, asked in zip(self.turns, later, strict=True):
             around = tokenizer.follow_up(asked, system)
             ids += turn.ids + around.before + around.after

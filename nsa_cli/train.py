@@ -114,7 +114,7 @@ def layout(tokenizer: "Tokenizer", config: "NSAConfig") -> "Layout":
 
     def passages(rng: random.Random, task: "Task", room: int) -> list[int]:
         found = practice_passages(rng, task, tokenizer, config, min(config.reread, room))
-        return [i for part in found for i in (*part.header, *part.body)]
+        return [i for part in found for i in part.ids]
 
     return Layout(tokenizer, context, passages)
 

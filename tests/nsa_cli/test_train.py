@@ -158,9 +158,8 @@ def test_the_shipped_deltas_in_slices(name, shorter, lengths, run_folder, tiny_c
 
     shipped = yaml.safe_load((files("nsa_models") / "training" / "configs" / f"{name}.yaml").read_text("utf-8"))
     for stage in shipped["curriculum"]:
-        stage |= {key: stage[key] // shorter for key in ("length", "batch_tokens", "context") if key in stage} | {
-            "steps": 1
-        }
+        lengths_of = stage.keys() & {"length", "batch_tokens", "context"}
+        stage |= {"steps": 1} | {key: stage[key] // shorter for key in lengths_of}
     shipped["data"]["texts"] = [{"path": str(run_folder / "texts")}]
     model = shutil.copytree(tiny_checkpoint, run_folder / "model")
     values = json.loads((model / "config.json").read_text())
