@@ -3,7 +3,7 @@
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +17,11 @@ from nsa_models.errors import InputError
 from nsa_models.sampling import Sampling
 from nsa_models.tokenizer import Tokenizer
 from nsa_models.training.data import Corpus, Layout, make_task
-from nsa_models.training.tasks import Task, Unsuitable, is_right, short_tasks
+from nsa_models.training.kinds import KINDS
+from nsa_models.training.tasks import Task, Unsuitable, held_out, is_right, short_tasks
 from nsa_models.transformer import NSAModel
 
+USUAL, HELD_OUT = WORDINGS = ("usual", "held-out")  # of questions
 ATTENTIONS = ("full", "nsa", *COMPARATORS)
 CHUNK = 1024  # tokens read at once
 NORMAL = 1.96  # 95 %
@@ -134,21 +136,13 @@ class Trial:
 def ask_tasks(
     model: NSAModel,
     layout: Layout,
-    corpus: Corpus,
-    kind: str,
-    length: int,
+    asked: Iterable[tuple[Task | None, float]],
     attention: str,
-    depths: Sequence[float],
-    samples: int,
-    seed: int = 0,
     done: Callable[[], None] = lambda: None,
 ) -> list[Trial]:
-    """`samples` tasks of a kind at each depth, prompt and answer within `length` tokens; the same for every attention.
-
-    A task that the text does not provide is left out.
-    """
+    """What `tasks` yields, less what the text does not provide, answered from the whole text."""
     trials = []
-    for task, depth in tasks(layout, corpus, kind, length, depths, samples, seed):
+    for task, depth in asked:
         if task is not None:
             prompt, answer = layout.asked(task)
             most = longest_reply(answer)
@@ -158,14 +152,24 @@ def ask_tasks(
 
 
 def tasks(
-    layout: Layout, corpus: Corpus, kind: str, length: int, depths: Sequence[float], samples: int, seed: int
+    layout: Layout,
+    corpus: Corpus,
+    kind: str,
+    length: int,
+    depths: Sequence[float],
+    samples: int,
+    seed: int = 0,
+    wording: str = USUAL,
 ) -> Iterator[tuple[Task | None, float]]:
-    """`samples` tasks at each depth, None for one that the text does not provide."""
+    """`samples` tasks at each depth, prompt and answer within `length` tokens, None for one that the text does not
+    provide; the same for every attention.
+    """
+    maker = KINDS[kind] if wording == USUAL else held_out(KINDS[kind])
     for depth in depths:
         for i in range(samples):
             rng = random.Random(f"{seed}/{kind}/{length}/{depth}/{i}")
             try:
-                yield make_task(rng, kind, corpus, layout, length, depth), depth
+                yield make_task(rng, maker, corpus, layout, length, depth), depth
             except Unsuitable:
                 yield None, depth
 

@@ -1,6 +1,6 @@
 """What `nsa eval` measures and how it is shown. Imports torch late."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -31,6 +31,7 @@ class Plan:
     samples: int  # per depth; of perplexity: windows of a text
     texts: tuple[str, ...]  # sources and paths
     seed: int = 0
+    wording: str = "usual"
 
 
 @dataclass(frozen=True)
@@ -148,36 +149,36 @@ def short_steps(checkpoint: Checkpoint, plan: Plan, corpus: "Corpus", task: str)
 
 def task_steps(checkpoint: Checkpoint, plan: Plan, corpus: "Corpus", task: str) -> Iterator[Step]:
     from nsa_cli.train import layout
-    from nsa_models.evaluate import ask_tasks, share
+    from nsa_models.evaluate import ask_tasks, share, tasks
 
     arranged = layout(checkpoint.tokenizer, checkpoint.config)
     for n, attention in product(plan.lengths, plan.attentions):
 
         def value(one, n=n, attention=attention):
+            asked = tasks(arranged, corpus, task, n, plan.depths, plan.samples, plan.seed, plan.wording)
             if attention == ASK:
-                trials = list(ask_as_the_command(checkpoint, arranged, corpus, task, n, plan, one))
+                trials = list(ask_as_the_command(checkpoint, arranged, asked, one))
             else:
-                where = (arranged, corpus, task, n, attention, plan.depths, plan.samples, plan.seed, one)
-                trials = ask_tasks(checkpoint.model, *where)
+                trials = ask_tasks(checkpoint.model, arranged, asked, attention, one)
             return share(trials), trials
 
         yield Step(task, n, attention, len(plan.depths) * plan.samples, value)
 
 
 def ask_as_the_command(
-    checkpoint: Checkpoint, arranged: "Layout", corpus: "Corpus", kind: str, length: int, plan: Plan, done: Callable
+    checkpoint: Checkpoint, arranged: "Layout", asked: "Iterable[tuple[Task | None, float]]", done: Callable[[], None]
 ) -> "Iterator[Trial]":
-    """What `nsa ask` answers to the same tasks."""
+    """What `nsa ask` answers to these tasks."""
     from nsa_cli.answer import answer
     from nsa_cli.context import build_context
     from nsa_cli.documents import Document
     from nsa_cli.output import silent
     from nsa_cli.request import Request
-    from nsa_models.evaluate import Trial, longest_reply, tasks
+    from nsa_models.evaluate import Trial, longest_reply
     from nsa_models.sampling import Sampling
     from nsa_models.training.tasks import is_right
 
-    for task, depth in tasks(arranged, corpus, kind, length, plan.depths, plan.samples, plan.seed):
+    for task, depth in asked:
         if task is not None:
             context = build_context([Document(text.path, text.text) for text in task.documents], checkpoint.tokenizer)
             most = longest_reply(arranged.asked(task)[1])

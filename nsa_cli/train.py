@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from nsa_models import NSAConfig
     from nsa_models.text import Text
     from nsa_models.tokenizer import Tokenizer
-    from nsa_models.training.data import Corpus, Layout
+    from nsa_models.training.data import Corpus, Layout, Passage
     from nsa_models.training.loop import Group, Teacher, Trainer
     from nsa_models.training.tasks import Task
 
@@ -107,14 +107,15 @@ def layout(tokenizer: "Tokenizer", config: "NSAConfig") -> "Layout":
     from nsa_cli.context import build_context
     from nsa_cli.documents import Document
     from nsa_cli.practice import practice_passages
-    from nsa_models.training.data import Layout
+    from nsa_models.text import Text
+    from nsa_models.training.data import Layout, Passage
 
     def context(texts: Sequence["Text"]) -> list[int]:
         return build_context([Document(text.path, text.text) for text in texts], tokenizer).ids
 
-    def passages(rng: random.Random, task: "Task", room: int) -> list[int]:
+    def passages(rng: random.Random, task: "Task", room: int) -> "list[Passage]":
         found = practice_passages(rng, task, tokenizer, config, min(config.reread, room))
-        return [i for part in found for i in part.ids]
+        return [Passage(Text(part.path, part.text), part.ids) for part in found]
 
     return Layout(tokenizer, context, passages)
 
@@ -182,8 +183,8 @@ def make_trainer(
     from nsa_models import load_tokenizer
 
     tokenizer = load_tokenizer(home)
-    if plan.data.reread_share and not config.reread:
-        raise InputError("config: data.reread_share: the model answers from no passages; its config.json says reread 0")
+    if plan.rereads and not config.reread:
+        raise InputError("config: reread_share: the model answers from no passages; its config.json says reread 0")
     longest = max(max(stage.length, stage.context) for stage in plan.curriculum)
     if longest > config.max_position_embeddings:
         raise InputError(

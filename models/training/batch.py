@@ -1,18 +1,31 @@
 """Sequences packed one after another: what one pass of the model computes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+Exchange = tuple[list[int], list[int]]  # tokens that are read, and those that are to be answered
+
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence of token ids. answer: where its answer starts, from which on it is learned; None = everywhere."""
+    """One sequence of token ids. answers: where they stand, which are learned; None = all is."""
 
     ids: Sequence[int]
-    answer: int | None = None
+    answers: Sequence[range] | None = None
+
+    @classmethod
+    def of(cls, exchanges: Iterable[Exchange]) -> "Example":
+        """What was asked and answered, one after another."""
+        ids: list[int] = []
+        answers = []
+        for read, answer in exchanges:
+            ids += read
+            answers.append(range(len(ids), len(ids) + len(answer)))
+            ids += answer
+        return cls(ids, answers)
 
 
 @dataclass(frozen=True)
@@ -39,11 +52,11 @@ def pack(examples: Sequence[Example], context: int = 0) -> Batch:
     """One batch of at least one example, in their order."""
     ids, targets, answers, asked = [], [], [], []
     for example in examples:
-        n, start = len(example.ids), example.answer
+        n, learned = len(example.ids), {i for answer in example.answers or () for i in answer}
         ids += example.ids
         targets += [*example.ids[1:], -1]
-        answers += [start is not None and i + 1 >= start and i + 1 < n for i in range(n)]
-        asked += [start is not None] * n
+        answers += [i + 1 in learned for i in range(n)]
+        asked += [example.answers is not None] * n
     return Batch(
         torch.tensor(ids, dtype=torch.long),
         torch.tensor(targets, dtype=torch.long),

@@ -19,6 +19,7 @@ class Stage:
     length: int  # longest sequence, tokens
     batch_tokens: int = 0  # tokens that one pass computes, sequences packed; 0 = length
     accumulate: int = 1  # passes per optimizer step
+    reread_share: float | None = None  # in place of the data's
     context: int = 0  # tokens: positions are scaled as in a context of so many, where that is longer than the sequence
 
 
@@ -87,6 +88,8 @@ class Data:
     tasks: Mapping[str, float] = field(default_factory=dict)  # kind -> weight
     task_share: float = 0.0  # of all sequences
     reread_share: float = 0.0  # of the tasks: not the texts but the passages that `nsa ask` would read again
+    follow_ups: int = 0  # after a task that is laid out so: more that its passages answer, one after another
+    reworded_share: float = 0.0  # of the tasks: asked in other words than `nsa eval` uses
     held_out: tuple[str, ...] = ()  # .gitignore patterns of document paths that are never trained on
 
 
@@ -135,16 +138,17 @@ class TrainConfig:
                 raise InputError(
                     f"config: a stage needs steps and accumulate of at least 1, length of at least 2: {stage}"
                 )
+            if stage.reread_share is not None and not 0 <= stage.reread_share <= 1:
+                raise InputError(f"config: a stage's reread_share must lie between 0 and 1: {stage}")
             if stage.batch_tokens and stage.batch_tokens < stage.length:
                 raise InputError(f"config: batch_tokens must hold a sequence of length: {stage}")
         if min(self.save_every, self.keep) < 1:
             raise InputError("config: save_every and keep must be at least 1")
-        if not 0 <= self.data.task_share <= 1:
-            raise InputError(f"config: data.task_share must lie between 0 and 1, got {self.data.task_share}")
+        for name in ("task_share", "reread_share", "reworded_share"):
+            if not 0 <= getattr(self.data, name) <= 1:
+                raise InputError(f"config: data.{name} must lie between 0 and 1, got {getattr(self.data, name)}")
         if self.data.task_share and not self.data.tasks:
             raise InputError("config: data.task_share needs data.tasks: kinds of task and their weights")
-        if not 0 <= self.data.reread_share <= 1:
-            raise InputError(f"config: data.reread_share must lie between 0 and 1, got {self.data.reread_share}")
         for text in self.data.texts:
             if (text.source is None) == (text.path is None):
                 raise InputError("config: each of data.texts needs either source (a known name) or path")
@@ -153,6 +157,7 @@ class TrainConfig:
         yield "optimizer.", self.optimizer, [f.name for f in fields(Optimizer)]
         yield "loss.", self.loss, [f.name for f in fields(Loss)]
         yield "teacher.", self.teacher, ["max_length"]
+        yield "data.", self.data, ["follow_ups"]
         if self.delta:
             yield "delta.", self.delta, ["rank"]
         for text in self.data.texts:
@@ -161,6 +166,11 @@ class TrainConfig:
     @property
     def steps(self) -> int:
         return sum(stage.steps for stage in self.curriculum)
+
+    @property
+    def rereads(self) -> bool:
+        """Whether tasks are laid out as passages."""
+        return self.data.reread_share > 0 or any(stage.reread_share for stage in self.curriculum)
 
     @property
     def teacher_wanted(self) -> bool:

@@ -16,39 +16,72 @@ from pathlib import Path
 from nsa_models.errors import InputError
 from nsa_models.text import Text
 from nsa_models.tokenizer import Tokenizer
-from nsa_models.training.batch import Batch, Example, pack
+from nsa_models.training.batch import Batch, Example, Exchange, pack
 from nsa_models.training.config import TrainConfig
-from nsa_models.training.kinds import KINDS
-from nsa_models.training.tasks import PLANTED, Task, Unsuitable
+from nsa_models.training.kinds import FOUND, KINDS
+from nsa_models.training.tasks import PLANTED, Maker, Task, Unsuitable, practised
 
 SHORTEST = 64  # tokens: what is left of a batch below this stays empty
 REREAD_FROM = 32_000  # characters, about 8,192 tokens: texts that passages are taken from
+FOLLOW_UP = 64  # tokens, about, of a further question and its answer
+TRIES = 8  # texts: two in five hold nothing that `takes` could ask for, most nothing for `field`
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Some lines of a document, as text and as they are read."""
+
+    text: Text
+    ids: list[int]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How texts become a context. context: documents -> ids, with headers and listing. passages: the ids of passages
-    that hold what the task's answer takes, among others that its question could lead to; of at most so many tokens.
-    Raises Unsuitable.
+    """How texts become a context. context: documents -> ids, with headers and listing. passages: those that hold what
+    the task's answer takes, among others that its question could lead to; of at most so many tokens. Raises Unsuitable.
     """
 
     tokenizer: Tokenizer
     context: Callable[[Sequence[Text]], list[int]]
-    passages: Callable[[random.Random, Task, int], list[int]]
+    passages: Callable[[random.Random, Task, int], list[Passage]]
 
-    def asked(self, task: Task) -> tuple[list[int], list[int]]:
+    def asked(self, task: Task) -> Exchange:
         """Prompt and answer of a task; the answer ends as the model shall end it."""
         return self._asked(task, self.context(task.documents))
 
-    def reread(self, rng: random.Random, task: Task, length: int) -> tuple[list[int], list[int]]:
-        """The same in at most `length` tokens, with passages in place of the documents. Raises Unsuitable."""
-        room = length - sum(map(len, self._asked(task, [])))
-        return self._asked(task, self.passages(rng, task, room))
+    def reread(self, rng: random.Random, task: Task, length: int, further: Sequence[Maker] = ()) -> list[Exchange]:
+        """The same in at most `length` tokens, with passages in place of the documents; behind it what `further` can
+        ask of the passages, one after another as in a chat, as far as they fit. Raises Unsuitable.
+        """
+        room = length - sum(map(len, self._asked(task, []))) - FOLLOW_UP * len(further)
+        passages = self.passages(rng, task, room)
+        exchanges = [self._asked(task, [i for passage in passages for i in passage.ids])]
+        told, room = {(task.kind, task.answer)}, length - sum(map(len, exchanges[0]))
+        for maker in further:
+            try:
+                more = maker(rng, [passage.text for passage in passages], None)
+            except Unsuitable:
+                continue
+            exchange = self._follow_up(more)
+            if (more.kind, more.answer) not in told and sum(map(len, exchange)) <= room:
+                exchanges.append(exchange)
+                told.add((more.kind, more.answer))
+                room -= sum(map(len, exchange))
+        return exchanges
 
-    def _asked(self, task: Task, context: list[int]) -> tuple[list[int], list[int]]:
+    def _asked(self, task: Task, context: list[int]) -> Exchange:
         around = self.tokenizer.prompt(task.question)
-        answer = self.tokenizer.encode(task.answer if self.tokenizer.has_chat_template else " " + task.answer)
-        return around.before + context + around.after, answer + list(self.tokenizer.eos_ids[:1])
+        return around.before + context + around.after, self._answer(task)
+
+    def _follow_up(self, task: Task) -> Exchange:
+        around = self.tokenizer.follow_up(task.question)
+        end = list(self.tokenizer.eos_ids[:1])
+        between = around.before[len(end) :] if around.before[: len(end)] == end else around.before
+        return between + around.after, self._answer(task)
+
+    def _answer(self, task: Task) -> list[int]:
+        text = task.answer if self.tokenizer.has_chat_template else " " + task.answer
+        return self.tokenizer.encode(text) + list(self.tokenizer.eos_ids[:1])
 
 
 class Corpus:
@@ -94,34 +127,52 @@ class Mixture:
     def __call__(self, step: int, index: int) -> Batch:
         stage = self.plan.stage(step)
         rng = random.Random(f"{self.plan.seed}/{index}")
+        reread = self.plan.data.reread_share if stage.reread_share is None else stage.reread_share
         examples, room = [], stage.batch_tokens or stage.length
         while not examples or room >= SHORTEST:
-            examples.append(self.example(rng, min(room, stage.length)))
+            examples.append(self.example(rng, min(room, stage.length), reread))
             room -= len(examples[-1].ids)
         return pack(examples, stage.context)
 
-    def example(self, rng: random.Random, length: int) -> Example:
-        """One sequence of at most `length` tokens."""
-        corpus = rng.choices(self.corpora, self.weights)[0]
-        tasks = self.plan.data.tasks
-        if rng.random() < self.plan.data.task_share:
-            kind = rng.choices(list(tasks), list(tasks.values()))[0]
-            try:
-                if rng.random() < self.plan.data.reread_share:
-                    task = KINDS[kind](rng, corpus.passage(rng, REREAD_FROM))
-                    prompt, answer = self.layout.reread(rng, task, length)
-                else:
-                    prompt, answer = self.layout.asked(make_task(rng, kind, corpus, self.layout, length))
-                return Example(prompt + answer, len(prompt))
-            except Unsuitable:
-                pass  # a text without what this kind asks for is learned as a text
+    def example(self, rng: random.Random, length: int, reread: float) -> Example:
+        """One sequence of at most `length` tokens; `reread`: share of the tasks that is laid out as passages."""
+        data = self.plan.data
+        if rng.random() < data.task_share:
+            kind = rng.choices(list(data.tasks), list(data.tasks.values()))[0]
+            for _ in range(TRIES):
+                try:
+                    return self.task(rng, kind, self.corpus(rng), length, rng.random() < reread)
+                except Unsuitable:
+                    pass
         head = self.layout.tokenizer.prompt("").before
-        passage = corpus.passage(rng, 6 * length)
+        passage = self.corpus(rng).passage(rng, 6 * length)
         return Example((head + self.layout.context(passage))[:length])
+
+    def corpus(self, rng: random.Random) -> Corpus:
+        return rng.choices(self.corpora, self.weights)[0]
+
+    def task(self, rng: random.Random, kind: str, corpus: Corpus, length: int, reread: bool) -> Example:
+        """A task of at most `length` tokens, with passages or with the whole text. Raises Unsuitable."""
+        maker = self.maker(kind)
+        if not reread:
+            return Example.of([self.layout.asked(make_task(rng, maker, corpus, self.layout, length))])
+        task = maker(rng, corpus.passage(rng, REREAD_FROM), None)
+        return Example.of(self.layout.reread(rng, task, length, self.follow_ups(rng)))
+
+    def maker(self, kind: str) -> Maker:
+        return practised(KINDS[kind], self.plan.data.reworded_share)
+
+    def follow_ups(self, rng: random.Random) -> list[Maker]:
+        """Of the plan's tasks those that ask for what stands in a text anyway, as often as the tasks themselves."""
+        data = self.plan.data
+        names = [maker.__name__ for maker in FOUND if data.tasks.get(maker.__name__)]
+        if not names:
+            return []
+        return [self.maker(name) for name in rng.choices(names, [data.tasks[n] for n in names], k=data.follow_ups)]
 
 
 def make_task(
-    rng: random.Random, kind: str, corpus: Corpus, layout: Layout, length: int, depth: float | None = None
+    rng: random.Random, maker: Maker, corpus: Corpus, layout: Layout, length: int, depth: float | None = None
 ) -> Task:
     """A task whose prompt and answer take at most `length` tokens, and nearly that. Raises Unsuitable."""
     characters, state = 4.0 * length, rng.getstate()
@@ -130,12 +181,12 @@ def make_task(
         passage = corpus.passage(rng, max(int(characters), 1))
         if not passage:
             break  # so short that it is blank
-        task = KINDS[kind](rng, passage, depth)
+        task = maker(rng, passage, depth)
         tokens = sum(map(len, layout.asked(task)))
         if tokens <= length:
             return task
         characters *= min(0.97 * max(length - PLANTED, 1) / tokens, 0.9)
-    raise Unsuitable(f"{length} tokens hold no {kind} task")
+    raise Unsuitable(f"{length} tokens hold no such task")
 
 
 def read_corpus(file: Path) -> list[Text]:

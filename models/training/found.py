@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from nsa_models.text import Text
+from nsa_models.training import wordings
 from nsa_models.training.tasks import Task, Unsuitable
+from nsa_models.training.wordings import Wordings
 
 
 @dataclass(frozen=True)
@@ -19,28 +21,21 @@ class Find:
 
     text: Text
     at: int  # characters from the text's beginning
-    question: str
+    asked: Wordings
     answer: str
     facts: tuple[str, ...]
 
 
 def defines(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
     """Which file defines a function or class that the texts define once."""
-    finds = (
-        d.ask(f"Which file defines {d.name}? Answer with its path.", f"{d.text.path} defines {d.name}.", d.text.path)
-        for d in definitions(documents)
-    )
+    finds = (d.ask(wordings.DEFINES, f"{d.text.path} defines {d.name}.", d.text.path) for d in definitions(documents))
     return _chosen("defines", rng, documents, finds, depth)
 
 
 def takes(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
     """The parameters of a function that the texts define once."""
     finds = (
-        d.ask(
-            f"What are the parameters of the function {d.name}? Answer with their names.",
-            f"{d.name} takes {', '.join(d.parameters)}.",
-            *d.parameters,
-        )
+        d.ask(wordings.TAKES, f"{d.name} takes {', '.join(d.parameters)}.", *d.parameters)
         for d in definitions(documents)
         if d.is_function and 1 <= len(d.parameters) <= 6
     )
@@ -50,11 +45,7 @@ def takes(rng: random.Random, documents: Sequence[Text], depth: float | None = N
 def returns(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
     """The type that a function's signature says it returns."""
     finds = (
-        d.ask(
-            f"What type does the function {d.name} return? Answer with the type of its signature.",
-            f"{d.name} returns {d.returned}.",
-            d.returned,
-        )
+        d.ask(wordings.RETURNS, f"{d.name} returns {d.returned}.", d.returned)
         for d in definitions(documents)
         if d.returned not in (None, "None") and len(d.returned) <= 40
     )
@@ -64,15 +55,23 @@ def returns(rng: random.Random, documents: Sequence[Text], depth: float | None =
 def raises(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
     """The exceptions that a function's body raises by name."""
     finds = (
-        d.ask(
-            f"Which exceptions does the function {d.name} raise? Answer with their names.",
-            f"{d.name} raises {', '.join(d.raised)}.",
-            *d.raised,
-        )
+        d.ask(wordings.RAISES, f"{d.name} raises {', '.join(d.raised)}.", *d.raised)
         for d in definitions(documents)
         if d.is_function and 1 <= len(d.raised) <= 3
     )
     return _chosen("raises", rng, documents, finds, depth)
+
+
+def usage(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
+    """The function whose docstring says that it does what is asked for."""
+    every = [d for d in definitions(documents) if d.is_function and d.purpose]
+    times = Counter(d.purpose for d in every)
+    finds = (
+        Find(d.text, d.at, wordings.USAGE.filled(purpose=d.purpose), f"With {d.name}, in {d.text.path}.", (d.name,))
+        for d in every
+        if times[d.purpose] == 1
+    )
+    return _chosen("usage", rng, documents, finds, depth)
 
 
 def summary(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
@@ -81,19 +80,16 @@ def summary(rng: random.Random, documents: Sequence[Text], depth: float | None =
     def finds() -> Iterator[Find]:
         for d in definitions(documents):
             if d.summary:
-                kind = "function" if d.is_function else "class"
-                question = f"What does the {kind} {d.name} do? Answer with the sentence that its docstring says."
-                yield d.ask(question, d.summary + ".", d.summary)
+                yield d.ask(wordings.SUMMARY, d.summary + ".", d.summary)
         for text, heading in _sections(documents):
             lead = _LEAD.match(text.text, heading.end())
             if lead:
                 said = " ".join(lead[1].split())
-                question = f'What is the section "{_title(heading)}" about? Answer with its first sentence.'
-                yield Find(text, heading.start(), question, said, (said.rstrip("."),))
+                asked = wordings.LEAD.filled(title=_title(heading))
+                yield Find(text, heading.start(), asked, said, (said.rstrip("."),))
         for text in documents:
             for match in _NAME_LINE.finditer(text.text):
-                question = f"What is {match[1]}? Answer with the line under NAME."
-                yield Find(text, match.start(1), question, match[2], (match[2],))
+                yield Find(text, match.start(1), wordings.MANUAL.filled(name=match[1]), match[2], (match[2],))
 
     return _chosen("summary", rng, documents, finds(), depth)
 
@@ -106,9 +102,8 @@ def chapter(rng: random.Random, documents: Sequence[Text], depth: float | None =
         for text, heading in _sections(documents):
             for line in _SENTENCE.finditer(text.text, heading.end(), _end_of_section(text, heading)):
                 if times[line[0].strip()] == 1:
-                    question = f'Under which heading does it say "{line[0].strip()}"? Answer with the heading.'
-                    title = _title(heading)
-                    yield Find(text, line.start(), question, f'It stands under "{title}".', (title.rstrip("."),))
+                    asked, title = wordings.CHAPTER.filled(line=line[0].strip()), _title(heading)
+                    yield Find(text, line.start(), asked, f'It stands under "{title}".', (title.rstrip("."),))
 
     return _chosen("chapter", rng, documents, finds(), depth)
 
@@ -124,8 +119,8 @@ def field(rng: random.Random, documents: Sequence[Text], depth: float | None = N
             times = Counter(entry[1] for entry in entries)
             for entry in entries:
                 if times[entry[1]] == 1:
-                    question = f'What does {text.path} say of "{entry[1]}"? Answer with its entry.'
-                    yield Find(text, entry.start(1), question, f"{entry[1]}: {entry[2]}", (entry[2],))
+                    asked = wordings.FIELD.filled(path=text.path, entry=entry[1])
+                    yield Find(text, entry.start(1), asked, f"{entry[1]}: {entry[2]}", (entry[2],))
 
     return _chosen("field", rng, documents, finds(), depth)
 
@@ -143,13 +138,27 @@ class Definition:
     raised: tuple[str, ...]  # names, each once, in order
     summary: str | None  # its docstring's first line, without the full stop
 
-    def ask(self, question: str, answer: str, *facts: str) -> Find:
-        return Find(self.text, self.at, question, answer, facts)
+    @property
+    def purpose(self) -> str | None:
+        """The summary as it follows "How do I", where it tells what to do."""
+        said = self.summary or ""
+        return said[0].lower() + said[1:] if _PURPOSE.match(said) else None
+
+    def ask(self, asked: Wordings, answer: str, *facts: str) -> Find:
+        kind = "function" if self.is_function else "class"
+        return Find(self.text, self.at, asked.filled(name=self.name, kind=kind), answer, facts)
 
 
-_DEFINITION = re.compile(r"^([ \t]*)(?:async )?(def|class) (\w+)(?:\(([^()\n]*)\))?([^\n]*):[ \t]*$", re.M)
+_DEFINITION = re.compile(r"^([ \t]*)(?:async )?(def|class) (\w+)(?:\(((?:[^()]|\([^()]*\))*)\))?([^\n]*):[ \t]*$", re.M)
 _DOCSTRING = re.compile(  # its first line, where a sentence or paragraph ends with it
     r"""\s*[rR]?("{3}|'{3})\s*(\w[^\n]*?)(?:\.?[ \t]*\1|\.[ \t]*\n|\n[ \t]*(?:\n|\1))"""
+)
+_PURPOSE = re.compile(  # a sentence that tells what to do
+    r"(?:Add|Append|Apply|Build|Calculate|Call|Check|Clear|Close|Collect|Compare|Compile|Compute|Convert|Copy|Create|"
+    r"Decode|Delete|Determine|Draw|Encode|Escape|Execute|Extract|Fetch|Find|Flush|Format|Generate|Get|Import|Initialize|"
+    r"Insert|Iterate|Join|List|Load|Log|Look|Make|Merge|Move|Normalize|Open|Parse|Pop|Print|Process|Read|Receive|Register|"
+    r"Remove|Rename|Render|Replace|Reset|Resolve|Return|Run|Save|Search|Send|Serialize|Set|Show|Skip|Sort|Split|Start|"
+    r"Stop|Store|Test|Unregister|Update|Validate|Verify|Wait|Walk|Wrap|Write|Yield) [^?]+$"
 )
 _RAISE = re.compile(r"^[ \t]+raise ([A-Z]\w*)", re.M)
 _HEADING_WORDS = "CHAPTER|ACT|SCENE|BOOK|PART|LETTER|CANTO|Chapter|Act|Scene|Book|Part|Letter|Canto"
@@ -202,8 +211,9 @@ def _body(after: str, indent: int) -> str:
 
 
 def _parameters(inside: str) -> tuple[str, ...]:
-    """Names of a one-line parameter list, without self and cls."""
-    names = [re.split("[:=]", part)[0].strip(" *") for part in re.sub(r"\[[^\[\]]*\]", "", inside).split(",")]
+    """Names of a parameter list, without self and cls."""
+    flat = re.sub(r"\[[^\[\]]*\]", "", re.sub(r"\[[^\[\]]*\]|\([^()]*\)|#.*", "", inside))
+    names = [re.split("[:=]", part)[0].strip(" *\n") for part in flat.split(",")]
     return tuple(name for name in names if name and name.isidentifier() and name not in ("self", "cls"))
 
 
@@ -228,7 +238,7 @@ def _end_of_section(text: Text, heading: re.Match) -> int:
 def _chosen(
     kind: str, rng: random.Random, documents: Sequence[Text], finds: Iterable[Find], depth: float | None
 ) -> Task:
-    """The find that stands nearest to `depth`, any one without it."""
+    """The find that stands nearest to `depth`; without it any one, as often of many facts as of one."""
     finds = list(finds)
     if not finds:
         raise Unsuitable(f"nothing in the text for {kind}")
@@ -241,6 +251,11 @@ def _chosen(
     def place(find: Find) -> float:
         return (before[find.text.path] + find.at) / total
 
-    find = rng.choice(finds) if depth is None else min(finds, key=lambda find: abs(place(find) - depth))
+    if depth is None:
+        facts = rng.choice(sorted({len(find.facts) for find in finds}))
+        find = rng.choice([find for find in finds if len(find.facts) == facts])
+    else:
+        find = min(finds, key=lambda find: abs(place(find) - depth))
     line = find.text.text.count("\n", 0, find.at) + 1
-    return Task(kind, tuple(documents), find.question, find.answer, find.facts, place(find), ((find.text.path, line),))
+    where, places = place(find), ((find.text.path, line),)
+    return Task(kind, tuple(documents), find.asked.usual, find.answer, find.facts, where, places, find.asked)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from importlib import resources
 
 from nsa_models.text import Text
+from nsa_models.training import wordings
+from nsa_models.training.wordings import Wordings
 
 ABSENT = "That is not in the text."
 PLANTED = 40  # tokens, at most, of one planted line
@@ -20,7 +22,8 @@ PLANTED = 40  # tokens, at most, of one planted line
 @dataclass(frozen=True)
 class Task:
     """A question about documents. An answer is right if it holds every fact; `depth`: where the first fact stands,
-    0 = at the beginning, 1 = at the end; `places`: path and line of all that the answer takes, the first fact's first.
+    0 = at the beginning, 1 = at the end; `places`: path and line of all that the answer takes, the first fact's first;
+    `wordings`: of the question.
     """
 
     kind: str
@@ -30,6 +33,7 @@ class Task:
     facts: tuple[str, ...]
     depth: float
     places: tuple[tuple[str, int], ...]
+    wordings: Wordings | None = None
 
     @property
     def place(self) -> str:
@@ -45,27 +49,48 @@ class Unsuitable(Exception):
 Maker = Callable[[random.Random, Sequence[Text], float | None], Task]
 
 
+def practised(maker: Maker, share: float) -> Maker:
+    """The same, a share of it asked in the wordings that are there to practise on."""
+
+    def make(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
+        task = maker(rng, documents, depth)
+        if task.wordings is None or rng.random() >= share:
+            return task
+        return replace(task, question=task.wordings.practised(rng))
+
+    return make
+
+
+def held_out(maker: Maker) -> Maker:
+    """The same, asked in the wording that is never practised."""
+
+    def make(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
+        task = maker(rng, documents, depth)
+        return task if task.wordings is None else replace(task, question=task.wordings.held_out)
+
+    return make
+
+
 def needle(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
     """One planted number, asked for."""
     (name,), (number,) = _names(rng, 1), _numbers(rng, 1)
-    return _planted(
-        "needle", rng, documents, [_magic(name, number)], depth, _ask_magic(name), _magic(name, number), (number,)
-    )
+    asked, line = wordings.NEEDLE.filled(name=name), _magic(name, number)
+    return _planted("needle", rng, documents, [line], depth, asked, line, (number,))
 
 
 def keys(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
     """Eight planted numbers of eight names, one asked for."""
     names, numbers = _names(rng, 8), _numbers(rng, 8)
     lines = [_magic(*pair) for pair in zip(names, numbers, strict=True)]
-    return _planted("keys", rng, documents, lines, depth, _ask_magic(names[0]), lines[0], (numbers[0],), slice(1))
+    asked = wordings.NEEDLE.filled(name=names[0])
+    return _planted("keys", rng, documents, lines, depth, asked, lines[0], (numbers[0],), slice(1))
 
 
 def values(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
     """Four planted numbers of one name, all asked for."""
     (name,), numbers = _names(rng, 1), _numbers(rng, 4)
-    question = f"What are all the magic numbers of {name}? Answer with the numbers."
     lines = [_magic(name, number) for number in numbers]
-    task = _planted("values", rng, documents, lines, depth, question, "", tuple(numbers))
+    task = _planted("values", rng, documents, lines, depth, wordings.VALUES.filled(name=name), "", tuple(numbers))
     whole = "".join(text.text for text in task.documents)
     in_order = sorted(numbers, key=lambda number: whole.index(_magic(name, number)))  # one right answer, not 24
     return replace(task, answer=f"The magic numbers of {name} are {', '.join(in_order)}.")
@@ -75,9 +100,9 @@ def queries(rng: random.Random, documents: Sequence[Text], depth: float | None =
     """Eight planted numbers of eight names, four asked for."""
     names, numbers = _names(rng, 8), _numbers(rng, 8)
     lines = [_magic(*pair) for pair in zip(names, numbers, strict=True)]
-    question = f"What are the magic numbers of {', '.join(names[:3])} and {names[3]}? Answer with the numbers."
+    asked = wordings.QUERIES.filled(names=f"{', '.join(names[:3])} and {names[3]}")
     answer, facts = " ".join(lines[:4]), tuple(numbers[:4])
-    return _planted("queries", rng, documents, lines, depth, question, answer, facts, slice(4))
+    return _planted("queries", rng, documents, lines, depth, asked, answer, facts, slice(4))
 
 
 def variables(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
@@ -85,19 +110,19 @@ def variables(rng: random.Random, documents: Sequence[Text], depth: float | None
     names = rng.sample([a + b + c for a in _LETTERS for b in _LETTERS for c in _LETTERS], 8)
     value, other = _numbers(rng, 2)
     chains = [_chain(names[:4], value), _chain(names[4:], other)]
-    question = f"Which variables have the value {value}? A variable that is set to another has that one's value."
+    asked = wordings.VARIABLES.filled(value=value)
     answer = f"The variables with the value {value} are {', '.join(names[:4])}."
     lines = [line for pair in zip(*chains, strict=True) for line in pair]
     one_chain = slice(None, None, 2)
-    return _planted("variables", rng, documents, lines, depth, question, answer, tuple(names[:4]), one_chain, True)
+    return _planted("variables", rng, documents, lines, depth, asked, answer, tuple(names[:4]), one_chain, True)
 
 
 def absent(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
     """Three planted numbers, and a question for the number of a fourth name."""
     names, numbers = _names(rng, 4), _numbers(rng, 3)
     lines = [_magic(*pair) for pair in zip(names, numbers, strict=False)]
-    question = _ask_magic(names[3]).replace("Answer", f'If the text does not say, answer "{ABSENT}" Else answer')
-    return _planted("absent", rng, documents, lines, depth, question, ABSENT, ("not in the text",))
+    asked = wordings.ABSENT.filled(name=names[3], absent=ABSENT)
+    return _planted("absent", rng, documents, lines, depth, asked, ABSENT, ("not in the text",))
 
 
 def short_tasks() -> list[Task]:
@@ -134,10 +159,6 @@ def _magic(name: str, number: str) -> str:
     return f"The magic number of the {name} is {number}."
 
 
-def _ask_magic(name: str) -> str:
-    return f"What is the magic number of the {name}? Answer with the number."
-
-
 def _chain(names: Sequence[str], value: str) -> list[str]:
     return [f"VAR {name} = {source}" for name, source in zip(names, [value, *names], strict=False)]
 
@@ -148,7 +169,7 @@ def _planted(
     documents: Sequence[Text],
     lines: Sequence[str],
     depth: float | None,
-    question: str,
+    asked: Wordings,
     answer: str,
     facts: tuple[str, ...],
     taken: slice = slice(None),
@@ -170,7 +191,7 @@ def _planted(
     made = tuple(Text(d.path, "".join(_ended(t))) for d, t in zip(documents, texts, strict=True))
     lines_in = [(line, borders[at][0]) for line, at in zip(lines, where, strict=True)]
     places = tuple((documents[i].path, texts[i].index(line + "\n") + 1) for line, i in lines_in[taken])
-    return Task(kind, made, question, answer, facts, depth, places)
+    return Task(kind, made, asked.usual, answer, facts, depth, places, asked)
 
 
 def _ended(lines: list[str]) -> list[str]:

@@ -12,6 +12,7 @@ from nsa_cli.output import emit
 from nsa_models.training.kinds import KINDS
 
 ATTENTIONS = ("full", "nsa", "ask", "h2o", "quest", "streaming")
+WORDINGS = ("usual", "held-out")
 TASKS = ("perplexity", *KINDS, "short")
 
 
@@ -56,6 +57,13 @@ TASKS = ("perplexity", *KINDS, "short")
 @click.option(
     "--samples", type=click.IntRange(1), default=2, show_default=True, help="Prompts per depth; windows of a text."
 )
+@click.option(
+    "--wording",
+    type=click.Choice(WORDINGS),
+    default="usual",
+    show_default=True,
+    help="Of the questions: the usual one, or one that training does not practise.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of what is planted where.")
 @click.option(
     "--heat-map",
@@ -72,7 +80,8 @@ def command(checkpoint: Checkpoint, as_json: bool, heat_map: Path | None, depths
     Perplexity is that of the same tokens at every length, with more and more text before them: the last of windows of
     the longest length, as many as the shortest length has. A task is a question about the text whose answer is known:
     needle (one planted number), keys, values, queries (several), variables (a chain of them), absent (nothing to find);
-    defines, takes, returns, raises (Python functions), summary (the sentence that sums up), chapter (the heading above
+    defines, takes, returns, raises (Python functions), summary (the sentence that sums up), usage (the function that
+    does it), chapter (the heading above
     a line), field (an entry). short is fifty questions about no text. An answer is right if it holds every fact. In
     brackets stands the 95 % confidence interval. h2o, quest and streaming read as many tokens a step as NSA does. ask
     answers as nsa ask does: NSA, and then the passages that the question leads to once more (--reread there); named is

@@ -14,6 +14,7 @@ from nsa_cli.evidence import Evidence
 from nsa_models import Cache, load_model, load_tokenizer
 from nsa_models.evaluate import Reader, Trial, perplexity, share
 from nsa_models.training.tasks import Task, is_right, short_tasks
+from nsa_models.training.wordings import TAKES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,6 +62,26 @@ def test_json_has_every_reply_and_a_map_is_drawn(nsa, text, tmp_path):
     both = [[t["question"] for t in r["trials"]] for r in found["results"][:2]]
     assert both[0] == both[1], "every attention gets the same prompts"
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_wording_that_is_not_practised(nsa, text):
+    """The same questions of the same texts in other words, under every kind of attention."""
+    asked = {}
+    for wording in ("usual", "held-out"):
+        run = nsa(
+            *("eval", "--text", text, "--lengths", "900", "--task", "takes", "--json", "--wording", wording),
+            *("--samples", "1", "--depths", "3", "--attention", "nsa", "--attention", "ask"),
+        )
+        assert run.code == 0, run.err
+        found = json.loads(run.out)
+        assert found["plan"]["wording"] == wording
+        one, other = ([(t["question"], t["answer"]) for t in row["trials"]] for row in found["results"])
+        assert one == other
+        asked[wording] = one
+    for (question, answer), (reworded, same) in zip(*asked.values(), strict=True):
+        name = answer.split()[0]
+        assert answer == same and question == TAKES.filled(name=name).usual and reworded != question
+        assert reworded == TAKES.filled(name=name).held_out
 
 
 def test_ask_is_asked_as_the_command_is(nsa, text, tiny_checkpoint, tmp_path):

@@ -241,6 +241,9 @@ def test_a_new_model(run_folder, tiny_checkpoint, nsa):
         ({"data": {"texts": [{"path": "nowhere.txt"}]}}, "no such file or directory: nowhere.txt"),
         ({"data": {"texts": [{"path": "/dev/null/x.jsonl"}]}}, "/dev/null/x.jsonl: Not a directory"),
         ({"data": {"reread_share": 2}}, "data.reread_share must lie between 0 and 1, got 2.0"),
+        ({"data": {"reworded_share": -1}}, "data.reworded_share must lie between 0 and 1, got -1.0"),
+        ({"data": {"follow_ups": -1}}, "data.follow_ups must not be negative, got -1"),
+        ({"curriculum": [{"steps": 1, "length": 64, "reread_share": 2}]}, "a stage's reread_share must lie between"),
         ({"data": {"texts": [{"source": "jinja2"}]}}, "jinja2 is held out for evaluation"),
         ({"data": {"texts": [{"source": "wikipedia"}]}}, "no source 'wikipedia'"),
         ({"model": "nowhere"}, "no checkpoint nowhere"),
@@ -257,9 +260,11 @@ def test_a_mistake_is_one_line(run_folder, tiny_checkpoint, nsa, changes, words)
 
 def test_passages_for_a_model_that_answers_from_none(run_folder, tiny_checkpoint, nsa):
     data = {"texts": [{"path": str(run_folder / "texts")}], "tasks": {"needle": 1}, "task_share": 1}
-    config(run_folder, tiny_checkpoint, data=data | {"reread_share": 0.5})
-    run = nsa("train", run_folder / "run.yaml")
-    assert run.code == 3 and "config.json says reread 0" in run.err and run.err.count("\n") == 1
+    one_stage = [{"steps": 1, "length": 64, "reread_share": 0.5}]
+    for changes in ({"data": data | {"reread_share": 0.5}}, {"data": data, "curriculum": one_stage}):
+        config(run_folder, tiny_checkpoint, **changes)
+        run = nsa("train", run_folder / "run.yaml")
+        assert run.code == 3 and "config.json says reread 0" in run.err and run.err.count("\n") == 1
 
 
 def test_a_text_that_is_no_config(run_folder, nsa):

@@ -14,8 +14,9 @@ from nsa_models.text import Text
 from nsa_models.training.batch import Example, pack
 from nsa_models.training.config import Data, Stage, TrainConfig
 from nsa_models.training.data import Corpus, Layout, Mixture, make_task, read_corpus
+from nsa_models.training.found import definitions
 from nsa_models.training.kinds import KINDS
-from nsa_models.training.tasks import ABSENT, Task, Unsuitable, is_right
+from nsa_models.training.tasks import ABSENT, Task, Unsuitable, held_out, is_right, practised
 
 REREAD = 1500  # tokens of passages; the tests' tokenizer knows few words, a line is about 20 of them
 CODE = '''class Lamp(Thing):
@@ -71,7 +72,7 @@ DOCUMENTS = (
 )
 
 
-FOUND = ("defines", "takes", "returns", "raises", "summary", "chapter", "field")
+FOUND = ("defines", "takes", "returns", "raises", "summary", "usage", "chapter", "field")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,7 +90,12 @@ def test_a_task_is_true_of_its_documents(kind, seed, depth):
         name = task.question.split()[3].rstrip(".?")
         assert task.facts == (task.places[0][0],) and re.search(rf"(def|class) {name}\b", said)
     elif kind in ("takes", "returns"):
-        assert f"{task.facts[0]}" in said and "def " in said
+        assert all(fact in said for fact in task.facts) and "def " in said
+    elif kind == "usage":
+        assert (
+            task.question == "How do I fetch every one of the urls, one by one? Answer with the function and its file."
+        )
+        assert task.answer == "With fetch_all, in b/lamp.py." and task.facts == ("fetch_all",)
     elif kind in ("raises", "summary", "chapter", "field"):
         assert all(fact in whole for fact in task.facts)
         name = re.search(
@@ -119,6 +125,20 @@ def test_definitions_are_those_that_occur_once():
     for kind in FOUND:
         with pytest.raises(Unsuitable):
             KINDS[kind](random.Random(0), DOCUMENTS[:1], None)
+
+
+def test_a_signature_of_several_lines():
+    code = """def spread(
+    self,
+    urls: dict[str, int],  # by name, or not
+    limit: tuple = (3, 4),
+    *,
+    last="a",
+) -> list[str]:
+    return urls
+"""
+    (found,) = definitions([Text("a.py", code)])
+    assert (found.name, found.parameters, found.returned) == ("spread", ("urls", "limit", "last"), "list[str]")
 
 
 @pytest.mark.parametrize(
@@ -167,7 +187,7 @@ def test_an_answer_needs_every_fact_as_a_word():
 
 
 def test_packing():
-    batch = pack([Example([5, 6, 7]), Example([1, 2, 3, 4], answer=2)])
+    batch = pack([Example([5, 6, 7]), Example([1, 2, 3, 4], [range(2, 4)])])
     assert batch.ids.tolist() == [5, 6, 7, 1, 2, 3, 4] and batch.lengths == [3, 4]
     assert batch.targets.tolist() == [6, 7, -1, 2, 3, 4, -1]
     assert batch.answers.tolist() == [False, False, False, False, True, True, False]
@@ -239,7 +259,7 @@ def test_passages_to_practise_on_hold_the_answer(layout, kind):
     for seed in range(8):
         rng = random.Random(seed)
         task = KINDS[kind](rng, LONG)
-        prompt, reply = layout.reread(rng, task, 4000)
+        ((prompt, reply),) = layout.reread(rng, task, 4000)
         text = layout.tokenizer.decode(prompt)
         assert layout.tokenizer.decode(reply) == task.answer and text.count(task.question) == 1
         around = layout.tokenizer.prompt(task.question)
@@ -278,13 +298,13 @@ def test_tasks_fill_their_length(layout, kind, length):
     if kind in ("chapter", "field"):
         texts = [Text(f"f{i}.md", re.sub("[Hh]arbour", rf"\g<0> {i}", GUIDE)) for i in range(30)]
     else:
-        texts = [Text(f"f{i}.py", re.sub("light|fetch", rf"\g<0>_{i}", CODE)) for i in range(30)]
+        texts = [Text(f"f{i}.py", re.sub("light|fetch|urls", rf"\g<0>_{i}", CODE)) for i in range(30)]
     for seed in range(3):
-        task = make_task(random.Random(seed), kind, Corpus(texts), layout, length, 0.5)
+        task = make_task(random.Random(seed), KINDS[kind], Corpus(texts), layout, length, 0.5)
         tokens = sum(map(len, layout.asked(task)))
         assert 0.6 * length < tokens <= length
     with pytest.raises(Unsuitable):
-        make_task(random.Random(0), kind, Corpus(texts), layout, 20)
+        make_task(random.Random(0), KINDS[kind], Corpus(texts), layout, 20)
 
 
 def test_unknown_tasks_and_broken_corpora(layout, tmp_path):
@@ -295,3 +315,57 @@ def test_unknown_tasks_and_broken_corpora(layout, tmp_path):
         read_corpus(tmp_path / "x.jsonl")
     with pytest.raises(InputError, match="No such file"):
         read_corpus(tmp_path / "y.jsonl")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_question_in_other_words(kind):
+    """Of the same thing: the practised ones are as many as asked for, and the one to try them on is not among them."""
+    usual = [KINDS[kind](random.Random(i), DOCUMENTS, None) for i in range(40)]
+    other = [practised(KINDS[kind], 1.0)(random.Random(i), DOCUMENTS, None) for i in range(40)]
+    never = [held_out(KINDS[kind])(random.Random(i), DOCUMENTS, None) for i in range(40)]
+    for task, same, tried in zip(usual, other, never, strict=True):
+        assert task == replace(same, question=task.question) == replace(tried, question=task.question)
+        assert tried.question not in (task.question, *task.wordings.others)
+        assert same.question in task.wordings.others and task.question not in task.wordings.others
+        assert "{" not in tried.question + same.question
+    assert all(practised(KINDS[kind], 0.0)(random.Random(i), DOCUMENTS, None) == usual[i] for i in range(40))
+    some = [practised(KINDS[kind], 0.5)(random.Random(i), DOCUMENTS, None).question for i in range(40)]
+    assert 5 < sum(task.question == question for task, question in zip(usual, some, strict=True)) < 35
+
+
+def test_as_often_of_many_facts_as_of_one():
+    code = "".join(f"def single_{i}(one):\n    pass\n\n" for i in range(30)) + "def several(a, b, c):\n    pass\n"
+    takes = [KINDS["takes"](random.Random(i), [Text("a.py", code)], None) for i in range(60)]
+    assert 15 < sum(task.facts == ("a", "b", "c") for task in takes) < 45
+
+
+def test_more_is_asked_of_the_same_passages(layout):
+    """As in a chat: each answer ends, and the next question is of something else that the passages say."""
+    tokenizer, takes = layout.tokenizer, KINDS["takes"]
+    task = KINDS["needle"](random.Random(3), LONG[1:2])
+    exchanges = layout.reread(random.Random(3), task, 4000, [takes, KINDS["chapter"], takes, takes, KINDS["defines"]])
+    asked, *more = ((tokenizer.text(read), tokenizer.decode(answer)) for read, answer in exchanges)
+    assert asked[1] == task.answer
+    answers = {"light_up takes how_long, colour.", "fetch_all takes urls, limit."}
+    assert {answer for read, answer in more if "parameters" in read} <= answers and 2 <= len(more) <= 3
+    assert len({answer for _, answer in more}) == len(more)
+    assert sum(len(read) + len(answer) for read, answer in exchanges) <= 4000
+    for (read, answer), (_, before) in zip(exchanges[1:], exchanges, strict=False):
+        around = tokenizer.follow_up("")
+        assert [*before[-1:], *read][: len(around.before)] == around.before and answer[-1] in tokenizer.eos_ids
+    example = Example.of(exchanges)
+    assert [example.ids[r.start : r.stop] for r in example.answers] == [answer for _, answer in exchanges]
+    learned = pack([example])
+    assert learned.answers.sum() == sum(len(answer) for _, answer in exchanges)
+    small = layout.reread(random.Random(3), task, sum(map(len, exchanges[0])) + 64 * 2, [takes] * 2)
+    assert len(small) < 3
+
+
+def test_a_stage_has_its_own_share_of_rereading(layout):
+    settings = plan(tasks={"needle": 1, "takes": 1}, task_share=1.0, reread_share=1.0, follow_ups=3)
+    stages = (Stage(1, 2500), Stage(1, 2500, reread_share=0))
+    mixture = Mixture(replace(settings, curriculum=stages), [(Corpus(LONG), 1.0)], layout)
+    again, whole = ([mixture(step, i) for i in range(6)] for step in range(2))
+    again, whole = ([layout.tokenizer.text(batch.ids.tolist()) for batch in made] for made in (again, whole))
+    assert all(" (from line " in text for text in again) and not any(" (from line " in text for text in whole)
+    assert any(text.count("<|im_start|>user") > 1 for text in again)
