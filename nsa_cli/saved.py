@@ -3,11 +3,10 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from nsa_cli.commands.run import problems_of
 from nsa_cli.documents import ReadOptions
 from nsa_cli.output import write_atomically
 from nsa_cli.packing import Packing
-from nsa_cli.recipe import user_dir
+from nsa_cli.recipe import read_recipe, user_dir
 from nsa_cli.request import Request
 from nsa_models.errors import InputError
 from nsa_models.sampling import Sampling
@@ -28,7 +27,7 @@ def save_recipe(
     path.parent.mkdir(parents=True, exist_ok=True)
     saved = recipe(name, question, request, read, packing, typed)
     write_atomically(path, yaml.safe_dump(saved, sort_keys=False).encode())
-    problems = problems_of(path)
+    _, problems = read_recipe(path)
     if problems:
         path.unlink()
         raise InputError(f"this is no recipe: {problems[0].removeprefix(f'{path}:')}")

@@ -134,6 +134,8 @@ class TrainConfig:
                 if getattr(values, name) < 0:
                     raise InputError(f"config: {where}{name} must not be negative, got {getattr(values, name)}")
         for stage in self.curriculum:
+            if min(stage.batch_tokens, stage.context) < 0:
+                raise InputError(f"config: a stage's batch_tokens and context must not be negative: {stage}")
             if min(stage.steps, stage.accumulate) < 1 or stage.length < 2:
                 raise InputError(
                     f"config: a stage needs steps and accumulate of at least 1, length of at least 2: {stage}"

@@ -237,6 +237,7 @@ def test_a_new_model(run_folder, tiny_checkpoint, nsa):
         ({"curriculum": []}, "curriculum is empty"),
         ({"curriculum": [{"steps": 1, "length": 99999}]}, "the model is made for 32,768"),
         ({"curriculum": [{"steps": 1, "length": 64, "context": 99999}]}, "a stage has 99,999 tokens"),
+        ({"curriculum": [{"steps": 1, "length": 64, "context": -1}]}, "batch_tokens and context must not be negative"),
         ({"data": {"texts": []}}, "no data"),
         ({"data": {"texts": [{"path": "nowhere.txt"}]}}, "no such file or directory: nowhere.txt"),
         ({"data": {"texts": [{"path": "/dev/null/x.jsonl"}]}}, "/dev/null/x.jsonl: Not a directory"),
