@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from nsa_models.config import NSAConfig
 
@@ -121,16 +122,17 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, start: int, visible: Calla
 
     visible: rows -> (rows, 1 | HQ, S) bool, None = everything. q: (T, HQ, D); k, v: (S, HKV, D | Dv).
     """
-    T, HQ, D = q.shape
-    S, HKV = start + T, k.shape[1]
-    keys, values = (x[:S].float() for x in (k, v))
+    T, HQ, _ = q.shape
+    S = start + T
+    keys, values = (x[:S].float().transpose(0, 1)[None] for x in (k, v))
     token, parts = torch.arange(S, device=q.device), []
     size = max(MOST_SCORES // (S * HQ), 1)
     for i in range(0, T, size):
         rows = slice(i, min(i + size, T))
-        scores = torch.einsum("thgd,shd->thgs", q[rows].float().unflatten(1, (HKV, -1)), keys).flatten(1, 2) * D**-0.5
         mask = (token <= token[start:][rows, None])[:, None]
         seen = visible(rows)
-        p = scores.masked_fill(~(mask if seen is None else mask & seen), -torch.inf).softmax(-1)
-        parts.append(torch.einsum("thgs,shd->thgd", p.unflatten(1, (HKV, -1)), values).flatten(1, 2))
+        mask = mask if seen is None else mask & seen
+        asked, mask = (x.transpose(0, 1)[None] for x in (q[rows].float(), mask))
+        o = functional.scaled_dot_product_attention(asked, keys, values, mask, enable_gqa=True)
+        parts.append(o[0].transpose(0, 1))
     return torch.cat(parts).to(q.dtype)
