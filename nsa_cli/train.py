@@ -338,7 +338,9 @@ def draw(trainer: "Trainer") -> None:
 
 
 def write_outcome(trainer: "Trainer", start: dict, home: Path, fingerprint: str) -> None:
-    """The run's checkpoint, in place of an earlier one, and its delta."""
+    """The run's checkpoint, in place of an earlier one, and its delta: what is other than it was."""
+    import torch
+
     from nsa_models.checkpoint import save_checkpoint
     from nsa_models.delta import save_delta
     from nsa_models.dense import TOKENIZER_FILES
@@ -348,5 +350,7 @@ def write_outcome(trainer: "Trainer", start: dict, home: Path, fingerprint: str)
     files = {name: (home / name).read_bytes() for name in TOKENIZER_FILES if (home / name).is_file()}
     save_checkpoint(folder / CHECKPOINT, student.config, student.merged(start), files, replace=True)
     if plan.delta:
-        save_delta(folder / DELTA, student.changes(), plan.delta.base_sha256 or fingerprint)
+        changes = student.changes().items()
+        changes = {name: to for name, to in changes if name not in start or not torch.equal(to, start[name])}
+        save_delta(folder / DELTA, changes, plan.delta.base_sha256 or fingerprint)
     click.echo(f"nsa: step {trainer.step:,} of {plan.steps:,}: {folder / CHECKPOINT}", err=True)
