@@ -16,7 +16,7 @@ from nsa_models.engine import decode
 from nsa_models.errors import InputError
 from nsa_models.sampling import Sampling
 from nsa_models.tokenizer import Tokenizer
-from nsa_models.training.data import Corpus, Layout, make_task
+from nsa_models.training.data import Corpus, Layout, make_task, plain_prompt
 from nsa_models.training.kinds import KINDS
 from nsa_models.training.tasks import Task, Unsuitable, held_out, is_right, short_tasks
 from nsa_models.transformer import NSAModel
@@ -185,8 +185,7 @@ def ask_short(
     """Every short question, asked as a chat does."""
     trials = []
     for task in short_tasks():
-        before, _, close = tokenizer.prompt("")
-        prompt = [*before, *tokenizer.encode(task.question), *close]
+        prompt = plain_prompt(tokenizer, task.question)
         trials.append(_ask(model, tokenizer, task, prompt, SHORT_REPLY, attention, None))
         done()
     return trials

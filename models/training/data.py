@@ -18,7 +18,7 @@ from nsa_models.text import Text
 from nsa_models.tokenizer import Tokenizer
 from nsa_models.training.batch import Batch, Example, Exchange, pack
 from nsa_models.training.config import TrainConfig
-from nsa_models.training.kinds import FOUND, KINDS
+from nsa_models.training.kinds import FOUND, PRACTISED
 from nsa_models.training.tasks import PLANTED, Maker, Task, Unsuitable, practised
 
 SHORTEST = 64  # tokens: what is left of a batch below this stays empty
@@ -47,12 +47,16 @@ class Layout:
 
     def asked(self, task: Task) -> Exchange:
         """Prompt and answer of a task; the answer ends as the model shall end it."""
+        if not task.documents:
+            return plain_prompt(self.tokenizer, task.question), self._answer(task)
         return self._asked(task, self.context(task.documents))
 
     def reread(self, rng: random.Random, task: Task, length: int, further: Sequence[Maker] = ()) -> list[Exchange]:
         """The same in at most `length` tokens, with passages in place of the documents; behind it what `further` can
         ask of the passages, one after another as in a chat, as far as they fit. Raises Unsuitable.
         """
+        if not task.documents:
+            return [self.asked(task)]
         room = length - sum(map(len, self._asked(task, []))) - FOLLOW_UP * len(further)
         passages = self.passages(rng, task, room)
         exchanges = [self._asked(task, [i for passage in passages for i in passage.ids])]
@@ -82,6 +86,12 @@ class Layout:
     def _answer(self, task: Task) -> list[int]:
         text = task.answer if self.tokenizer.has_chat_template else " " + task.answer
         return self.tokenizer.encode(text) + list(self.tokenizer.eos_ids[:1])
+
+
+def plain_prompt(tokenizer: Tokenizer, question: str) -> list[int]:
+    """A question about no text, as a chat asks it."""
+    before, _, close = tokenizer.prompt("")
+    return [*before, *tokenizer.encode(question), *close]
 
 
 class Corpus:
@@ -121,8 +131,8 @@ class Mixture:
         self.plan, self.layout = plan, layout
         self.corpora, self.weights = [c for c, _ in corpora], [w for _, w in corpora]
         for kind in plan.data.tasks:
-            if kind not in KINDS:
-                raise InputError(f"config: data.tasks: no task {kind!r}; there are {', '.join(KINDS)}")
+            if kind not in PRACTISED:
+                raise InputError(f"config: data.tasks: no task {kind!r}; there are {', '.join(PRACTISED)}")
 
     def __call__(self, step: int, index: int) -> Batch:
         stage = self.plan.stage(step)
@@ -160,7 +170,7 @@ class Mixture:
         return Example.of(self.layout.reread(rng, task, length, self.follow_ups(rng)))
 
     def maker(self, kind: str) -> Maker:
-        return practised(KINDS[kind], self.plan.data.reworded_share)
+        return practised(PRACTISED[kind], self.plan.data.reworded_share)
 
     def follow_ups(self, rng: random.Random) -> list[Maker]:
         """Of the plan's tasks those that ask for what stands in a text anyway, as often as the tasks themselves."""

@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import resources
 
 from nsa_models.text import Text
@@ -125,10 +126,15 @@ def absent(rng: random.Random, documents: Sequence[Text], depth: float | None = 
     return _planted("absent", rng, documents, lines, depth, asked, ABSENT, ("not in the text",))
 
 
+def plain(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
+    """A question about no text: practice in contexts alone had the model unlearn what to say without one."""
+    asked = rng.choice(_lines("plain.jsonl"))
+    return Task("plain", (), asked["question"], asked["answer"], (asked["answer"],), 0.0, ())
+
+
 def short_tasks() -> list[Task]:
     """Fifty short questions about no text, whose answers hold exact facts: what a model must not unlearn."""
-    file = resources.files("nsa_models") / "training" / "short.jsonl"
-    values = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    values = _lines("short.jsonl")
     asked = [(value["question"], tuple(value["facts"])) for value in values]
     return [
         Task("short", (), question, ", ".join(facts), facts, 0.0, (("short.jsonl", i),))
@@ -140,6 +146,12 @@ def is_right(task: Task, reply: str) -> bool:
     """Whether a reply holds every fact as a whole word, letter case aside."""
     reply = reply.casefold()
     return all(re.search(rf"(?<!\w){re.escape(fact.casefold())}(?!\w)", reply) for fact in task.facts)
+
+
+@cache
+def _lines(name: str) -> list[dict]:
+    file = resources.files("nsa_models") / "training" / name
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
 _LETTERS = "BCDFGHJKLMNPQRSTVWXZ"

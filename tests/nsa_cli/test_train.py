@@ -150,6 +150,7 @@ def test_a_delta_is_what_changed(run_folder, tiny_checkpoint, nsa):
         ("locate", 8, [512, 1024]),
         ("reread", 4, [256, 1024, 1024, 256, 1024]),
         ("wordings", 4, [288, 1024, 1024, 288]),
+        ("plain", 4, [288]),
     ],
 )
 def test_the_shipped_deltas_in_slices(name, shorter, lengths, run_folder, tiny_checkpoint, nsa):

@@ -15,8 +15,8 @@ from nsa_models.training.batch import Example, pack
 from nsa_models.training.config import Data, Stage, TrainConfig
 from nsa_models.training.data import Corpus, Layout, Mixture, make_task, read_corpus
 from nsa_models.training.found import definitions
-from nsa_models.training.kinds import KINDS
-from nsa_models.training.tasks import ABSENT, Task, Unsuitable, held_out, is_right, practised
+from nsa_models.training.kinds import KINDS, PRACTISED
+from nsa_models.training.tasks import ABSENT, Task, Unsuitable, held_out, is_right, practised, short_tasks
 
 REREAD = 1500  # tokens of passages; the tests' tokenizer knows few words, a line is about 20 of them
 CODE = '''class Lamp(Thing):
@@ -369,3 +369,20 @@ def test_a_stage_has_its_own_share_of_rereading(layout):
     again, whole = ([layout.tokenizer.text(batch.ids.tolist()) for batch in made] for made in (again, whole))
     assert all(" (from line " in text for text in again) and not any(" (from line " in text for text in whole)
     assert any(text.count("<|im_start|>user") > 1 for text in again)
+
+
+def test_questions_about_no_text(layout):
+    """What a model must not unlearn is practised on other questions than those that measure it, asked as in a chat."""
+    asked = {(task := PRACTISED["plain"](random.Random(i), DOCUMENTS, None)).question: task for i in range(400)}
+    assert len(asked) > 150 and not asked.keys() & {task.question for task in short_tasks()}
+    task = asked[min(asked)]
+    tokenizer = layout.tokenizer
+    prompt, answer = layout.asked(task)
+    assert tokenizer.text(prompt) == tokenizer.text(tokenizer.prompt("").before) + task.question + tokenizer.text(
+        tokenizer.prompt("").close
+    )
+    assert tokenizer.decode(answer) == task.answer and layout.reread(random.Random(0), task, 300) == [(prompt, answer)]
+    for share in (0.0, 1.0):
+        settings = plan(tasks={"plain": 1}, task_share=1.0, reread_share=share)
+        batch = Mixture(settings, [(Corpus(DOCUMENTS), 1.0)], layout)(0, 0)
+        assert len(batch.lengths) > 3 and batch.asked.all() and "===" not in tokenizer.text(batch.ids.tolist())
