@@ -21,7 +21,7 @@ from nsa_models.training.kinds import KINDS
 from nsa_models.training.tasks import Task, Unsuitable, held_out, is_right, short_tasks
 from nsa_models.transformer import NSAModel
 
-USUAL, HELD_OUT = WORDINGS = ("usual", "held-out")  # of questions
+USUAL = "usual"  # wording of questions; the other is "held-out"
 ATTENTIONS = ("full", "nsa", *COMPARATORS)
 CHUNK = 1024  # tokens read at once
 NORMAL = 1.96  # 95 %

@@ -1,7 +1,7 @@
 """One question in the words that people ask it in: `nsa eval`'s own, others to practise on, and one to try it on.
 
-Taught the usual ones alone, the built-in model listed the parameters of 9 of 12 functions of psutil when asked so, and of 5
-when asked in the words that are held out; taught the others too, of 10 and 10 (from passages).
+Taught the usual ones alone, the built-in model listed the parameters of 9 of 12 functions of psutil when asked so,
+and of 5 when asked in the words that are held out; taught the others too, of 10 and 10 (from passages).
 """
 
 import random
