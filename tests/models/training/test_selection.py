@@ -20,7 +20,7 @@ LENGTHS = [150, 20, 97]
 def batch(lengths=LENGTHS, answer=None):
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(97, (n,), generator=generator).tolist() for n in lengths]
-    return pack([Example(sequence, answer) for sequence in ids])
+    return pack([Example(s, None if answer is None else [range(answer, len(s))]) for s in ids])
 
 
 def loss_of(config, dtype=torch.float64, **options):
