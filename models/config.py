@@ -26,6 +26,7 @@ class RopeScaling:
     original_max_position_embeddings: int
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    mscale: float = 1.0  # YaRN multiplies rotated queries and keys by 0.1 * mscale * ln(factor) + 1
     kind: str = "dynamic_yarn"
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0
@@ -34,6 +35,8 @@ class RopeScaling:
         _check_types(self, "rope_scaling ")
         if self.factor < 1 or self.original_max_position_embeddings < 1:
             raise ModelError("config: rope_scaling needs a factor and original_max_position_embeddings of at least 1")
+        if self.mscale < 0:
+            raise ModelError("config: rope_scaling mscale must not be negative")
         if self.low_freq_factor >= self.high_freq_factor:
             raise ModelError("config: rope_scaling low_freq_factor must be below high_freq_factor")
         if self.kind not in ("yarn", "dynamic_yarn", "llama3", "linear"):

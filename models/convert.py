@@ -22,7 +22,9 @@ GATE_BIAS = 14.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-def convert(source: str | Path, target: str | Path, context: int, dtype: str, **variant: int | str) -> NSAConfig:
+def convert(
+    source: str | Path, target: str | Path, context: int, dtype: str, **variant: int | float | str
+) -> NSAConfig:
     """Write an NSA checkpoint made from the dense one at `source`; see `to_nsa`. dtype: float32, bfloat16 or int8.
 
     Returns its config. Raises ModelError as one line if the source cannot be used or `target` exists.
@@ -35,9 +37,11 @@ def convert(source: str | Path, target: str | Path, context: int, dtype: str, **
     return config
 
 
-def to_nsa(dense: DenseSource, context: int, **variant: int | str) -> tuple[NSAConfig, dict[str, Tensor]]:
+def to_nsa(
+    dense: DenseSource, context: int, mscale: float = 1.0, **variant: int | str
+) -> tuple[NSAConfig, dict[str, Tensor]]:
     """Config and float32 tensors of the NSA model. context: tokens it shall read; beyond the dense model's, RoPE is
-    scaled by dynamic YaRN. variant: fields of NSAConfig (compress_kind, compress_rope, select_count, window, ...);
+    scaled by dynamic YaRN, with this `mscale`. variant: fields of NSAConfig (compress_kind, select_count, window, ...);
     compress_kind: mean, or linear or softmax, which start as the mean.
     """
     base = dense.config
@@ -49,7 +53,7 @@ def to_nsa(dense: DenseSource, context: int, **variant: int | str) -> tuple[NSAC
                 f"({scaling.kind}); give at most --context {base.max_position_embeddings}"
             )
         factor = 1 << (-(-context // base.max_position_embeddings) - 1).bit_length()
-        scaling = RopeScaling(float(factor), base.max_position_embeddings)
+        scaling = RopeScaling(float(factor), base.max_position_embeddings, mscale=mscale)
     config = replace(base, max_position_embeddings=context, rope_scaling=scaling, gate_bias=True, **variant)
     return config, dict(dense.tensors) | gates(config) | means(config)
 

@@ -44,7 +44,7 @@ def _frequencies(config: NSAConfig, factor: float) -> tuple[Tensor, float]:
         return frequency / factor, 1.0
     if scaling.kind == "llama3":
         return _llama3(frequency, scaling), 1.0
-    return _yarn(frequency, config, factor), 0.1 * math.log(factor) + 1.0
+    return _yarn(frequency, config, factor), 0.1 * scaling.mscale * math.log(factor) + 1.0
 
 
 def _yarn(frequency: Tensor, config: NSAConfig, factor: float) -> Tensor:

@@ -12,6 +12,14 @@ import click
     "--context", type=click.IntRange(1), default=131072, show_default=True, help="Tokens that the NSA model shall read."
 )
 @click.option(
+    "--mscale",
+    type=click.FloatRange(0),
+    default=1.0,
+    show_default=True,
+    help="In contexts longer than the dense model's, queries and keys are multiplied by 0.1 * this * ln(factor) + 1, "
+    "as YaRN does; what suits a model best is measured by nsa eval.",
+)
+@click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "int8"]),
     default="bfloat16",
@@ -63,7 +71,7 @@ import click
 @click.option(
     "--window", type=click.IntRange(0), default=512, show_default=True, help="Tokens of the sliding window (w)."
 )
-def command(dense: Path, out: Path, context: int, dtype: str, **variant: int | str) -> None:
+def command(dense: Path, out: Path, context: int, dtype: str, **variant: int | float | str) -> None:
     """Convert DENSE, a llama or qwen2 checkpoint (a directory with safetensors, or a .gguf file), to OUT.
 
     The result answers as the dense model does for contexts of up to select-count * select-block tokens; beyond them

@@ -228,6 +228,15 @@ def test_a_longer_context_is_scaled_dynamically(context: int, factor: float | No
     assert made.rope_factor(4096) == 1.0
 
 
+def test_what_attention_is_sharpened_by_in_a_longer_context(directory, tmp_path) -> None:
+    made = convert(directory(CONFIGS["llama"]), tmp_path / "nsa", 16384, "int8", mscale=0.6)
+    assert made.rope_scaling == RopeScaling(4.0, 4096, mscale=0.6)
+    assert load_model(tmp_path / "nsa", "cpu", torch.float32).config == made
+    assert [Rope(made, factor).magnitude for factor in (1, 4)] == [1.0, pytest.approx(1 + 0.06 * math.log(4))]
+    with pytest.raises(ModelError, match="mscale must not be negative"):
+        RopeScaling(4.0, 4096, mscale=-0.1)
+
+
 def test_a_source_with_its_own_scaling_is_not_scaled_twice(directory, tmp_path) -> None:
     with pytest.raises(ModelError, match=r"has its own \(yarn\); give at most --context 4096"):
         convert(directory(CONFIGS["qwen2-yarn"]), tmp_path / "nsa", 8192, "int8")
