@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsa_cli.reread import AFTER, BEFORE, merge, passages
+from nsa_cli.reread import AFTER, BEFORE, CLOSE, around, closing_bracket, merge, passages
 from tests.nsa_cli.test_evidence import BLOCK, LINES, context_of, mass_of
 
 HEADER = len("=== a.txt ===\n")
@@ -44,6 +44,32 @@ def test_neighbours_are_one_passage_and_files_are_kept_apart():
     found = passages(mass_of(12, {block: 90, block - 1: 80}), context, 0, 10_000)
     assert [part.path for part in found] == ["a.txt", "b.txt"]
     assert found[0].text.count("\n") + found[0].first_line - 1 == 8 and found[1].first_line == 1
+
+
+def test_a_signature_is_not_cut_off():
+    """A passage goes on to the line where brackets close, if that is near."""
+    lines = [f"    argument_{i}: int = {i},\n" for i in range(3)]
+    text = "x" * 63 + "\n" + "def long_one(\n" + "{}" + ") -> int:\n" + "    return 1\n" * 40
+    for count, closes in ((3, True), (9, False)):
+        between = "".join(lines[i % 3] for i in range(count))
+        context = context_of(text.format(between))
+        at = context.ids.index(ord("d"), HEADER)
+        (found,) = around([(at - 32, at)], context, 1000)
+        assert found.text.endswith(") -> int:\n") == closes and found.tokens <= HEADER + 32 + BEFORE + AFTER + CLOSE
+
+
+@given(st.text("ab\n()[]{}", max_size=60), st.integers(0, 60), st.integers(0, 60))
+def test_where_brackets_close(text, start, stop):
+    """Of one kind as of another, and those alone that open in the passage: what closes before counts for nothing."""
+    start, stop = min(start, stop, len(text)), min(max(start, stop), len(text))
+    at = closing_bracket(text, start, stop, len(text))
+    depths = [0]
+    for c in text[start:]:
+        depths.append(max(depths[-1] + (1 if c in "([{" else -1 if c in ")]}" else 0), 0))
+    after = depths[stop - start :]
+    assert (at is None) == (after[0] == 0 or 0 not in after)
+    if at is not None:
+        assert at == stop + after.index(0) - 1 and text[at] in ")]}"
 
 
 def test_nothing_stands_out():
