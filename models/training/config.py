@@ -19,8 +19,15 @@ class Stage:
     length: int  # longest sequence, tokens
     batch_tokens: int = 0  # tokens that one pass computes, sequences packed; 0 = length
     accumulate: int = 1  # passes per optimizer step
-    reread_share: float | None = None  # in place of the data's
+    task_share: float | None = None  # in place of the data's, as the next
+    reread_share: float | None = None
     context: int = 0  # tokens: positions are scaled as in a context of so many, where that is longer than the sequence
+
+    def shares(self, data: "Data") -> tuple[float, float]:
+        """Of tasks among the sequences, and of passages among the tasks."""
+        own = ((self.task_share, data.task_share), (self.reread_share, data.reread_share))
+        tasks, reread = (every if here is None else here for here, every in own)
+        return tasks, reread
 
 
 @dataclass(frozen=True)
@@ -140,8 +147,9 @@ class TrainConfig:
                 raise InputError(
                     f"config: a stage needs steps and accumulate of at least 1, length of at least 2: {stage}"
                 )
-            if stage.reread_share is not None and not 0 <= stage.reread_share <= 1:
-                raise InputError(f"config: a stage's reread_share must lie between 0 and 1: {stage}")
+            for name in ("task_share", "reread_share"):
+                if not 0 <= (getattr(stage, name) or 0) <= 1:
+                    raise InputError(f"config: a stage's {name} must lie between 0 and 1: {stage}")
             if stage.batch_tokens and stage.batch_tokens < stage.length:
                 raise InputError(f"config: batch_tokens must hold a sequence of length: {stage}")
         if min(self.save_every, self.keep) < 1:
@@ -149,8 +157,8 @@ class TrainConfig:
         for name in ("task_share", "reread_share", "reworded_share"):
             if not 0 <= getattr(self.data, name) <= 1:
                 raise InputError(f"config: data.{name} must lie between 0 and 1, got {getattr(self.data, name)}")
-        if self.data.task_share and not self.data.tasks:
-            raise InputError("config: data.task_share needs data.tasks: kinds of task and their weights")
+        if max(self.data.task_share, *(stage.task_share or 0 for stage in self.curriculum)) and not self.data.tasks:
+            raise InputError("config: task_share needs data.tasks: kinds of task and their weights")
         for text in self.data.texts:
             if (text.source is None) == (text.path is None):
                 raise InputError("config: each of data.texts needs either source (a known name) or path")

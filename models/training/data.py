@@ -22,7 +22,7 @@ from nsa_models.training.kinds import FOUND, PRACTISED
 from nsa_models.training.tasks import PLANTED, Maker, Task, Unsuitable, practised
 
 SHORTEST = 64  # tokens: what is left of a batch below this stays empty
-REREAD_FROM = 32_000  # characters, about 8,192 tokens: texts that passages are taken from
+REREAD_FROM = (32_000, 128_000)  # characters, about 8,192 to 32,768 tokens: texts that passages are taken from
 FOLLOW_UP = 64  # tokens, about, of a further question and its answer
 TRIES = 8  # texts: two in five hold nothing that `takes` could ask for, most nothing for `field`
 
@@ -137,17 +137,17 @@ class Mixture:
     def __call__(self, step: int, index: int) -> Batch:
         stage = self.plan.stage(step)
         rng = random.Random(f"{self.plan.seed}/{index}")
-        reread = self.plan.data.reread_share if stage.reread_share is None else stage.reread_share
+        tasks, reread = stage.shares(self.plan.data)
         examples, room = [], stage.batch_tokens or stage.length
         while not examples or room >= SHORTEST:
-            examples.append(self.example(rng, min(room, stage.length), reread))
+            examples.append(self.example(rng, min(room, stage.length), tasks, reread))
             room -= len(examples[-1].ids)
         return pack(examples, stage.context)
 
-    def example(self, rng: random.Random, length: int, reread: float) -> Example:
-        """One sequence of at most `length` tokens; `reread`: share of the tasks that is laid out as passages."""
+    def example(self, rng: random.Random, length: int, tasks: float, reread: float) -> Example:
+        """One sequence of at most `length` tokens. tasks: their share; reread: that of them laid out as passages."""
         data = self.plan.data
-        if rng.random() < data.task_share:
+        if rng.random() < tasks:
             kind = rng.choices(list(data.tasks), list(data.tasks.values()))[0]
             for _ in range(TRIES):
                 try:
@@ -166,7 +166,7 @@ class Mixture:
         maker = self.maker(kind)
         if not reread:
             return Example.of([self.layout.asked(make_task(rng, maker, corpus, self.layout, length))])
-        task = maker(rng, corpus.passage(rng, REREAD_FROM), None)
+        task = maker(rng, corpus.passage(rng, rng.randint(*REREAD_FROM)), None)
         return Example.of(self.layout.reread(rng, task, length, self.follow_ups(rng)))
 
     def maker(self, kind: str) -> Maker:

@@ -90,7 +90,7 @@ DEFINES = Wordings(
     "Which module contains the definition of {name}?",
 )
 TAKES = Wordings(
-    "What are the parameters of the function {name}? Answer with their names.",
+    "What are the parameters of the function {name}? Answer with its signature.",
     (
         "What are the parameters of {name}?",
         "What are the arguments of {name}?",

@@ -139,7 +139,7 @@ def test_a_delta_is_what_changed(run_folder, tiny_checkpoint, nsa):
     assert changed and all("_norm." in n or ".norm." in n or "attn." in n for n in changed)
     assert "model.embeddings.weight" not in changed and not any("mlp." in n for n in changed)
     for name in changed:
-        torch.testing.assert_close(merged[name], got[name], rtol=1e-2, atol=1e-2)  # the delta is bfloat16
+        torch.testing.assert_close(merged[name], got[name], rtol=1e-2, atol=1e-2)  # the delta is int8
 
 
 @pytest.mark.parametrize(
@@ -151,6 +151,7 @@ def test_a_delta_is_what_changed(run_folder, tiny_checkpoint, nsa):
         ("reread", 4, [256, 1024, 1024, 256, 1024]),
         ("wordings", 4, [288, 1024, 1024, 288]),
         ("plain", 4, [288]),
+        ("signatures", 4, [288, 1024, 288]),
     ],
 )
 def test_the_shipped_deltas_in_slices(name, shorter, lengths, run_folder, tiny_checkpoint, nsa):
@@ -248,6 +249,8 @@ def test_a_new_model(run_folder, tiny_checkpoint, nsa):
         ({"data": {"reworded_share": -1}}, "data.reworded_share must lie between 0 and 1, got -1.0"),
         ({"data": {"follow_ups": -1}}, "data.follow_ups must not be negative, got -1"),
         ({"curriculum": [{"steps": 1, "length": 64, "reread_share": 2}]}, "a stage's reread_share must lie between"),
+        ({"curriculum": [{"steps": 1, "length": 64, "task_share": -1}]}, "a stage's task_share must lie between"),
+        ({"data": {"tasks": {}}, "curriculum": [{"steps": 1, "length": 64, "task_share": 1}]}, "needs data.tasks"),
         ({"data": {"texts": [{"source": "jinja2"}]}}, "jinja2 is held out for evaluation"),
         ({"data": {"texts": [{"source": "wikipedia"}]}}, "no source 'wikipedia'"),
         ({"model": "nowhere"}, "no checkpoint nowhere"),

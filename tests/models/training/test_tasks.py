@@ -139,6 +139,7 @@ def test_a_signature_of_several_lines():
 """
     (found,) = definitions([Text("a.py", code)])
     assert (found.name, found.parameters, found.returned) == ("spread", ("urls", "limit", "last"), "list[str]")
+    assert found.signature == 'spread(self, urls: dict[str, int], limit: tuple = (3, 4), *, last="a")'
 
 
 @pytest.mark.parametrize(
@@ -346,7 +347,7 @@ def test_more_is_asked_of_the_same_passages(layout):
     exchanges = layout.reread(random.Random(3), task, 4000, [takes, KINDS["chapter"], takes, takes, KINDS["defines"]])
     asked, *more = ((tokenizer.text(read), tokenizer.decode(answer)) for read, answer in exchanges)
     assert asked[1] == task.answer
-    answers = {"light_up takes how_long, colour.", "fetch_all takes urls, limit."}
+    answers = {'light_up(self, how_long: int = 3, *, colour="red")', "fetch_all(urls, limit)"}
     assert {answer for read, answer in more if "parameters" in read} <= answers and 2 <= len(more) <= 3
     assert len({answer for _, answer in more}) == len(more)
     assert sum(len(read) + len(answer) for read, answer in exchanges) <= 4000
@@ -359,6 +360,14 @@ def test_more_is_asked_of_the_same_passages(layout):
     assert learned.answers.sum() == sum(len(answer) for _, answer in exchanges)
     small = layout.reread(random.Random(3), task, sum(map(len, exchanges[0])) + 64 * 2, [takes] * 2)
     assert len(small) < 3
+
+
+def test_a_stage_has_its_own_share_of_tasks(layout):
+    settings = plan(tasks={"needle": 1}, task_share=1.0)
+    stages = (Stage(1, 700), Stage(1, 700, task_share=0), Stage(1, 700, task_share=0.5))
+    mixture = Mixture(replace(settings, curriculum=stages), [(Corpus(LONG), 1.0)], layout)
+    asked = [sum(int(mixture(step, i).asked.all()) for i in range(20)) for step in range(3)]
+    assert asked[0] >= 18 and asked[1] == 0 and 3 < asked[2] < 17  # now and then no needle fits, and text is read
 
 
 def test_a_stage_has_its_own_share_of_rereading(layout):
