@@ -22,6 +22,7 @@ from nsa_models.formats import (
     read_json,
     tensor_shapes,
     weight_files,
+    write_weights,
 )
 from nsa_models.linear import Linear
 from nsa_models.transformer import Embedding, NSAModel, parameter_shapes
@@ -169,9 +170,6 @@ def save_checkpoint(
         raise ModelError(f"{target} exists; remove it or name another place")
     check_shapes(config, {name: tuple(t.shape) for name, t in tensors.items()}, Format(keys={}), target)
     values = {"model_type": "nsa", "nsa_format": FORMAT_VERSION} | config.to_dict()
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     staging = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -180,10 +178,10 @@ def save_checkpoint(
         (staging / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         for name, content in (files or {}).items():
             (staging / name).write_bytes(content)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, staging / "model.safetensors", {"format": "pt"})
+        write_weights(staging / "model.safetensors", tensors, {"format": "pt"})
         _replace(staging, target)
-    except (OSError, SafetensorError) as error:
-        what = getattr(error, "strerror", None) or error
+    except OSError as error:
+        what = error.strerror or error
         raise NSAError(f"{target}: cannot write the checkpoint ({what}); nothing was kept") from None
     finally:
         if staging is not None:

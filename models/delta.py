@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nsa_models.errors import ModelError, NSAError
-from nsa_models.formats import open_weights
+from nsa_models.formats import open_weights, write_weights
 from nsa_models.quantize import quantize_int8
 
 UP, DOWN, SCALE = ".lora_up", ".lora_down", ".lora_scale"
@@ -70,21 +70,18 @@ def quantize_updates(changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
             target = name.removesuffix(UP)
             up, up_scale = quantize_int8(tensor.T)
             stored[target + DOWN], down_scale = quantize_int8(changes[target + DOWN])
-            stored[name], stored[target + SCALE] = up.T.contiguous(), up_scale * down_scale
+            stored[name], stored[target + SCALE] = up.T, up_scale * down_scale
         elif not name.endswith(DOWN):
-            stored[name] = tensor.bfloat16().contiguous()
+            stored[name] = tensor.bfloat16()
     return stored
 
 
 def save_delta(file: Path, changes: Mapping[str, Tensor], base_sha256: str) -> None:
     """Write `changes`, quantized, all or nothing. Raises NSAError if the disk is full or not writable."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     staging = file.with_name(file.name + ".new")
     try:
-        save_file(quantize_updates(changes), staging, {"base_sha256": base_sha256})
+        write_weights(staging, quantize_updates(changes), {"base_sha256": base_sha256})
         staging.replace(file)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         staging.unlink(missing_ok=True)
-        raise NSAError(f"{file}: cannot write the delta ({getattr(error, 'strerror', None) or error})") from None
+        raise NSAError(f"{file}: cannot write the delta ({error.strerror or error})") from None

@@ -10,9 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nsa_models.config import NSAConfig, RopeScaling
 from nsa_models.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT_VERSION = 1  # of our own config.json, key "nsa_format"
 
@@ -187,6 +191,22 @@ def open_weights(file: Path, framework: str = "numpy") -> Iterator:
         raise ModelError(f"{file}: truncated or not safetensors ({error}); copy it again") from None
     except OSError as error:
         raise ModelError(f"{file}: {error.strerror or error}") from None
+
+
+def write_weights(file: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str]) -> None:
+    """A safetensors file, readable by whom any new file is: safetensors alone writes them for their owner. Raises
+    OSError.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    file.touch()
+    mode = file.stat().st_mode
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, dict(metadata))
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+    file.chmod(mode)
 
 
 def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:

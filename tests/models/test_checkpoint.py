@@ -184,6 +184,11 @@ def test_shards(saved) -> None:
     assert "is missing" in refused(saved)
 
 
+def test_weights_are_readable_by_whom_the_config_is(saved) -> None:
+    modes = {file.name: file.stat().st_mode for file in saved.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_the_fingerprint_is_of_weights_and_config(saved) -> None:
     first = load_model(saved).fingerprint
     assert load_model(saved).fingerprint == first

@@ -56,6 +56,13 @@ def test_what_is_written_is_merged_within_two_hundredths(seed: int, rank: int, s
     assert torch.equal(merged["norm.weight"], norm.bfloat16().float())
 
 
+def test_a_delta_is_readable_by_whom_any_file_is(tmp_path) -> None:
+    save_delta(tmp_path / "d", {"norm.weight": torch.ones(5)}, "f00d")
+    (tmp_path / "any").touch()
+    assert (tmp_path / "d").stat().st_mode == (tmp_path / "any").stat().st_mode
+    assert [file.name for file in sorted(tmp_path.iterdir())] == ["any", "d"]
+
+
 def test_updates_of_zero_stay_zero(tmp_path) -> None:
     save_delta(tmp_path / "d", {"a.weight.lora_up": torch.zeros(3, 2), "a.weight.lora_down": torch.ones(2, 4)}, "f00d")
     assert torch.equal(merge_delta(BASE, tmp_path / "d", "f00d")["a.weight"], BASE["a.weight"])
