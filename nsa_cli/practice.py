@@ -1,7 +1,9 @@
 """Passages to practise rereading on: those that hold an answer, among others that its question could lead to."""
 
+import math
 import random
 from bisect import bisect_left
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from nsa_cli.context import build_context
@@ -32,8 +34,15 @@ def practice_passages(
         raise Unsuitable(f"{room} tokens do not hold the places of this {task.kind} task")
     wanted = asked_tokens(task.question, tokenizer)
     rng.shuffle(blocks)
-    # The more alike, the likelier: retrieval heads go by more than words, and so the most alike are not always there.
-    alike = {block: rng.random() * (1 + len(wanted.intersection(context.ids[slice(*block)]))) for block in blocks}
+    shared = {block: wanted.intersection(context.ids[slice(*block)]) for block in blocks}
+    having = Counter(token for tokens in shared.values() for token in tokens)
+    # The more alike, the likelier, in some tasks hardly, in others surely: retrieval heads go by more than words.
+    # What many blocks share counts less: "file" and "path" of a question are no name.
+    least = rng.random()
+    alike = {
+        block: rng.uniform(least, 1) * (1 + sum(math.log(len(blocks) / having[token]) for token in tokens))
+        for block, tokens in shared.items()
+    }
     return around([*told, *sorted(blocks, key=lambda block: -alike[block])], context, room)
 
 

@@ -340,6 +340,27 @@ def test_as_often_of_many_facts_as_of_one():
     assert 15 < sum(task.facts == ("a", "b", "c") for task in takes) < 45
 
 
+def test_names_that_more_files_have_are_asked_for_more_often():
+    """1 and 4 * 4 of 17; how often a single file has a name does not count."""
+    code = "def alone_one(a):\n    pass\n\n\nalone_one(alone_one(1))\n\n\ndef called_from_afar(a):\n    pass\n"
+    callers = [Text(f"caller_{i}.py", "called_from_afar(1)\n") for i in range(9)]
+    defines = [KINDS["defines"](random.Random(i), [Text("a.py", code), *callers], None) for i in range(170)]
+    assert 1 <= sum("alone_one" in task.question for task in defines) < 25
+
+
+def test_passages_have_what_is_asked_for_from_other_files(layout):
+    """Which one defines it has to be told from the others."""
+    caller = Text("c/calls.py", "import lamp\n" + "x = 1  # the file and its path\n" * 300 + "\nlamp.fetch_all([], 2)\n")
+    task = next(
+        task
+        for task in (KINDS["defines"](random.Random(seed), [LONG[0], LONG[1], caller, LONG[3]]) for seed in range(99))
+        if "fetch_all" in task.question
+    )
+    told = ["".join(p.text.text for p in layout.passages(random.Random(seed), task, REREAD)) for seed in range(12)]
+    assert all("async def fetch_all" in text for text in told)
+    assert sum("lamp.fetch_all" in text for text in told) > 8
+
+
 def test_more_is_asked_of_the_same_passages(layout):
     """As in a chat: each answer ends, and the next question is of something else that the passages say."""
     tokenizer, takes = layout.tokenizer, KINDS["takes"]
