@@ -35,6 +35,8 @@ class RopeScaling:
         _check_types(self, "rope_scaling ")
         if self.factor < 1 or self.original_max_position_embeddings < 1:
             raise ModelError("config: rope_scaling needs a factor and original_max_position_embeddings of at least 1")
+        if not 0 < self.beta_slow <= self.beta_fast:
+            raise ModelError("config: rope_scaling beta_slow must be above 0, and beta_fast not below it")
         if self.mscale < 0:
             raise ModelError("config: rope_scaling mscale must not be negative")
         if self.low_freq_factor >= self.high_freq_factor:

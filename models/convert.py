@@ -38,11 +38,11 @@ def convert(
 
 
 def to_nsa(
-    dense: DenseSource, context: int, mscale: float = 1.0, **variant: int | str
+    dense: DenseSource, context: int, mscale: float = 1.0, beta_fast: float = 32.0, **variant: int | str
 ) -> tuple[NSAConfig, dict[str, Tensor]]:
     """Config and float32 tensors of the NSA model. context: tokens it shall read; beyond the dense model's, RoPE is
-    scaled by dynamic YaRN, with this `mscale`. variant: fields of NSAConfig (compress_kind, select_count, window, ...);
-    compress_kind: mean, or linear or softmax, which start as the mean.
+    scaled by dynamic YaRN, with this `mscale` and `beta_fast`. variant: fields of NSAConfig (compress_kind,
+    select_count, window, ...); compress_kind: mean, or linear or softmax, which start as the mean.
     """
     base = dense.config
     scaling = base.rope_scaling
@@ -53,7 +53,7 @@ def to_nsa(
                 f"({scaling.kind}); give at most --context {base.max_position_embeddings}"
             )
         factor = 1 << (-(-context // base.max_position_embeddings) - 1).bit_length()
-        scaling = RopeScaling(float(factor), base.max_position_embeddings, mscale=mscale)
+        scaling = RopeScaling(float(factor), base.max_position_embeddings, beta_fast, mscale=mscale)
     config = replace(base, max_position_embeddings=context, rope_scaling=scaling, gate_bias=True, **variant)
     return config, dict(dense.tensors) | gates(config) | means(config)
 

@@ -20,6 +20,14 @@ import click
     "as YaRN does; what suits a model best is measured by nsa eval.",
 )
 @click.option(
+    "--beta-fast",
+    type=click.FloatRange(0, min_open=True),
+    default=32.0,
+    show_default=True,
+    help="In such contexts, dimensions of queries and keys that rotate more often than this within the dense model's "
+    "context are not slowed down; again as in YaRN.",
+)
+@click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "int8"]),
     default="bfloat16",

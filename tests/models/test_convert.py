@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -235,6 +236,22 @@ def test_what_attention_is_sharpened_by_in_a_longer_context(directory, tmp_path)
     assert [Rope(made, factor).magnitude for factor in (1, 4)] == [1.0, pytest.approx(1 + 0.06 * math.log(4))]
     with pytest.raises(ModelError, match="mscale must not be negative"):
         RopeScaling(4.0, 4096, mscale=-0.1)
+
+
+def test_what_keeps_its_speed_in_a_longer_context(directory, tmp_path) -> None:
+    """What turns beta_fast times or more within the dense model's context: at 256, fewer dimensions do than at 32."""
+    made = convert(directory(CONFIGS["llama"]), tmp_path / "nsa", 16384, "int8", beta_fast=256.0)
+    assert made.rope_scaling == RopeScaling(4.0, 4096, beta_fast=256.0)
+    unscaled, scaled, usual = (
+        Rope(config, factor).frequency
+        for config, factor in ((made, 1), (made, 4), (replace(made, rope_scaling=RopeScaling(4.0, 4096)), 4))
+    )
+    kept = [(frequency == unscaled).sum() for frequency in (scaled, usual)]
+    assert 0 < kept[0] < kept[1] < len(unscaled)
+    assert scaled[-1] == usual[-1] == unscaled[-1] / 4
+    for slow, fast in ((0.0, 32.0), (64.0, 32.0)):
+        with pytest.raises(ModelError, match="beta_slow must be above 0, and beta_fast not below it"):
+            RopeScaling(4.0, 4096, fast, slow)
 
 
 def test_a_source_with_its_own_scaling_is_not_scaled_twice(directory, tmp_path) -> None:

@@ -350,7 +350,9 @@ def test_names_that_more_files_have_are_asked_for_more_often():
 
 def test_passages_have_what_is_asked_for_from_other_files(layout):
     """Which one defines it has to be told from the others."""
-    caller = Text("c/calls.py", "import lamp\n" + "x = 1  # the file and its path\n" * 300 + "\nlamp.fetch_all([], 2)\n")
+    caller = Text(
+        "c/calls.py", "import lamp\n" + "x = 1  # the file and its path\n" * 300 + "\nlamp.fetch_all([], 2)\n"
+    )
     task = next(
         task
         for task in (KINDS["defines"](random.Random(seed), [LONG[0], LONG[1], caller, LONG[3]]) for seed in range(99))
