@@ -27,7 +27,7 @@ from nsa_models.formats import (
 from nsa_models.linear import Linear
 from nsa_models.transformer import Embedding, NSAModel, parameter_shapes
 
-SCALE = "_scale"  # an int8 weight X has its float scales, one per output channel, in X_scale
+INT8_SCALE = "_scale"  # an int8 weight X has its float scales, one per output channel, in X_scale
 
 
 def load_model(
@@ -53,8 +53,8 @@ def load_model(
             for name in weights.keys():  # noqa: SIM118 (not a dict)
                 if name in names:
                     _assign(model, names[name], weights.get_tensor(name), device, dtype)
-                elif name.endswith(SCALE):
-                    _set_scale(model, names[name.removesuffix(SCALE)], weights.get_tensor(name), device)
+                elif name.endswith(INT8_SCALE):
+                    _set_scale(model, names[name.removesuffix(INT8_SCALE)], weights.get_tensor(name), device)
     _check_storage(model, source, directory)
     if device.type != "cpu":
         _expand(model, dtype)
@@ -79,8 +79,8 @@ def check_shapes(config: NSAConfig, found: Mapping[str, tuple[int, ...]], source
             raise ModelError(f"{where}: tensor {name} has shape {list(found[name])}, the config says {list(shape)}")
     tied = "lm_head.weight" if config.tie_word_embeddings else None  # some writers store the tied table twice
     for name, shape in found.items():
-        weight = name.removesuffix(SCALE)
-        is_scale = name.endswith(SCALE) and weight in expected and shape == expected[weight][:1]
+        weight = name.removesuffix(INT8_SCALE)
+        is_scale = name.endswith(INT8_SCALE) and weight in expected and shape == expected[weight][:1]
         if name not in expected and name != tied and not is_scale:
             raise ModelError(f"{where}: tensor {name} is not part of this architecture")
 
@@ -92,7 +92,7 @@ def _check_storage(model: NSAModel, source: Format, where: Path) -> None:
         scaled = leaf == "weight" and getattr(module, "weight_scale", None) is not None
         what = None
         if tensor.dtype == torch.int8 and not scaled:
-            what = f"is int8 without its {leaf}{SCALE}"
+            what = f"is int8 without its {leaf}{INT8_SCALE}"
         elif tensor.dtype == torch.int8 and not isinstance(module, Linear | Embedding):
             what = "may not be int8"
         elif tensor.dtype != torch.int8 and scaled:
@@ -149,7 +149,7 @@ def save_model(model: NSAModel, path: str | Path, files: Mapping[str, bytes] | N
     tensors = dict(model.state_dict())
     for name, module in model.named_modules():
         if getattr(module, "weight_scale", None) is not None:
-            tensors[f"{name}.weight{SCALE}"] = module.weight_scale
+            tensors[f"{name}.weight{INT8_SCALE}"] = module.weight_scale
     save_checkpoint(path, model.config, tensors, files)
 
 

@@ -52,22 +52,18 @@ Maker = Callable[[random.Random, Sequence[Text], float | None], Task]
 
 def practised(maker: Maker, share: float) -> Maker:
     """The same, a share of it asked in the wordings that are there to practise on."""
-
-    def make(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
-        task = maker(rng, documents, depth)
-        if task.wordings is None or rng.random() >= share:
-            return task
-        return replace(task, question=task.wordings.practised(rng))
-
-    return make
+    return _reworded(maker, lambda rng, wordings: wordings.practised(rng) if rng.random() < share else wordings.usual)
 
 
 def held_out(maker: Maker) -> Maker:
     """The same, asked in the wording that is never practised."""
+    return _reworded(maker, lambda rng, wordings: wordings.held_out)
 
+
+def _reworded(maker: Maker, question: Callable[[random.Random, Wordings], str]) -> Maker:
     def make(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
         task = maker(rng, documents, depth)
-        return task if task.wordings is None else replace(task, question=task.wordings.held_out)
+        return task if task.wordings is None else replace(task, question=question(rng, task.wordings))
 
     return make
 

@@ -138,8 +138,12 @@ def test_a_delta_is_what_changed(run_folder, tiny_checkpoint, nsa):
     changed = {name for name in start if not torch.equal(start[name], got[name])}
     assert changed and all("_norm." in n or ".norm." in n or "attn." in n for n in changed)
     assert "model.embeddings.weight" not in changed and not any("mlp." in n for n in changed)
-    for name in changed:
-        torch.testing.assert_close(merged[name], got[name], rtol=1e-2, atol=1e-2)  # the delta is int8
+    low_rank = {name for name in changed if name.endswith(tuple(f".{which}_proj.weight" for which in "qkvo"))}
+    assert low_rank
+    for name in low_rank:  # both factors are int8, half of 1/127 off each
+        assert (merged[name] - got[name]).abs().max() < 0.02 * (got[name] - start[name]).abs().max(), name
+    for name in changed - low_rank:
+        torch.testing.assert_close(merged[name], got[name], rtol=2**-8, atol=0)  # bfloat16
 
 
 @pytest.mark.parametrize(
