@@ -4,8 +4,10 @@ import torch
 from torch import Tensor, nn
 
 import nsa_kernels
+from nsa_kernels.native import CLOSED_GATE
 from nsa_models.cache import Cache
 from nsa_models.config import NSAConfig
+from nsa_models.cost import BRANCHES
 from nsa_models.linear import Linear
 from nsa_models.rope import Rope, rotate
 
@@ -102,6 +104,14 @@ class Attention(nn.Module):
         self.o_proj = Linear(HQ * Dv, H, False, **factory)
         self.compress_k = _compression(config, D, True, **factory)
         self.compress_v = _compression(config, Dv, False, **factory)
+
+    def open_branches(self) -> set[str]:
+        """Branches that some token's gates can let through; where their weights are zero the biases decide."""
+        gate = self.g_proj
+        if gate.bias is None or gate.weight.any():
+            return set(BRANCHES)
+        largest = gate.bias.float().sigmoid().view(-1, 3).amax(0).tolist()
+        return {name for name, value in zip(BRANCHES, largest, strict=True) if value > CLOSED_GATE}
 
     def empty_queries(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For `project` to fill: q (T, HQ, D), the compressed branch's queries (q itself unless un-roped), gates."""

@@ -60,10 +60,14 @@ def attention_operations(config: NSAConfig, tokens: int, branches: Sequence[str]
     return 2 * 64 * config.num_hidden_layers * config.num_heads * total
 
 
-def keys_read(config: NSAConfig, tokens: int) -> int:
-    """Keys that the last query of `tokens` tokens reads per key head: T/d + n l' + w (paper table 4), at most all."""
+def keys_read(config: NSAConfig, tokens: int, branches: Sequence[str] = BRANCHES) -> int:
+    """Keys that the last query of `tokens` tokens attends to per key head, at most all: T/d + n l' + w (paper table 4).
+
+    branches: those that count. Compressed keys that are scored only to select are not attended to.
+    """
     v = config.variant
-    return min(v.compressed_count(tokens) + v.select_count * v.select_block + v.window, tokens)
+    read = dict(compressed=v.compressed_count(tokens), selected=v.select_count * v.select_block, window=v.window)
+    return min(sum(read[branch] for branch in branches), tokens)
 
 
 def dense_operations(config: NSAConfig, tokens: int) -> int:

@@ -40,8 +40,12 @@ class Measure:
 
 
 def tokens_read(model: NSAModel, attention: str, length: int) -> int:
-    """Keys that the last query of a context of `length` tokens reads per key head; comparators read as many as NSA."""
-    return length if attention == "full" else keys_read(model.config, length)
+    """Keys that the last query of a context of `length` tokens attends to per key head; all but full as many as NSA.
+
+    A branch that no gate lets through is not attended to. What is read only to choose (NSA's compressed keys, the
+    bounds of Quest's pages) is not counted.
+    """
+    return length if attention == "full" else keys_read(model.config, length, model.open_branches())
 
 
 class Reader:

@@ -15,6 +15,7 @@ from nsa_models.attention import Attention
 from nsa_models.cache import Cache
 from nsa_models.comparators import Attention as Attend
 from nsa_models.config import NSAConfig
+from nsa_models.cost import BRANCHES
 from nsa_models.linear import Linear, int8_linear, is_few
 from nsa_models.retrieval import RetrievalMass
 from nsa_models.rope import Rope
@@ -141,6 +142,11 @@ class NSAModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.model.norm.weight.device
+
+    def open_branches(self) -> list[str]:
+        """The branches that a gate of some layer can let through."""
+        found = set().union(*(layer.attn.open_branches() for layer in self.model.layers))
+        return [branch for branch in BRANCHES if branch in found]
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Operations counted are those of products alone: two per weight of the layers' linear maps and token, and those of
 queries and probabilities with the keys and values that attention reads; dense attention reads all before a token, and a
-branch that no gate lets through is left out (`open_branches`).
+branch that no gate lets through is left out (`computed_branches`).
 """
 
 import platform
@@ -85,7 +85,7 @@ def measure(
         )
         seconds.append(now(model.device) - start)
     rate = Rate.of(T, seconds)
-    work = operations(model.config, T, dense, open_branches(model))
+    work = operations(model.config, T, dense, computed_branches(model))
     decode_rate = Rate.of(1, list(decode_seconds(model, cache, logits, decode_tokens, dense)))
     return Speed(rate, decode_rate, work, work * rate.median / T / matrix_rate, peak_bytes(model.device))
 
@@ -111,22 +111,15 @@ def operations(config: NSAConfig, tokens: int, dense: bool, branches: Sequence[s
     return 2 * linear_parameters(config) * tokens + attention
 
 
-def open_branches(model: "NSAModel") -> list[str]:
-    """The branches that are computed: of compiled code's in bfloat16, those that a gate can let through."""
+def computed_branches(model: "NSAModel") -> list[str]:
+    """Compiled code in bfloat16 leaves out the branches that no gate lets through; other code computes all."""
     import torch
 
-    from nsa_kernels.native import CLOSED_GATE, supports
+    from nsa_kernels.native import supports
 
     example = torch.empty(1, 1, model.config.head_dim, dtype=model.dtype, device=model.device)
-    if model.dtype != torch.bfloat16 or not supports(example):
-        return list(BRANCHES)
-    found = set()
-    for layer in model.model.layers:
-        gate = layer.attn.g_proj
-        constant = gate.bias is not None and not gate.weight.any()
-        largest = gate.bias.float().sigmoid().view(-1, 3).amax(0).tolist() if constant else [1.0] * 3
-        found |= {name for name, g in zip(BRANCHES, largest, strict=True) if g > CLOSED_GATE}
-    return [name for name in BRANCHES if name in found]
+    leaves_out = model.dtype == torch.bfloat16 and supports(example)
+    return model.open_branches() if leaves_out else list(BRANCHES)
 
 
 def first_chunk(model: "NSAModel", ids: Sequence[int]) -> float:

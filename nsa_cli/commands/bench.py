@@ -69,7 +69,7 @@ def command(context, lengths, decode_tokens, repeat, dense, dense_max, text, che
     ids = bench.token_ids(load_tokenizer(checkpoint.directory), texts, max(lengths))
     first_chunk_s = bench.first_chunk(model, ids)
     matrix_rate, machine = bench.matrix_rate(model), bench.describe_machine(model)
-    branches = bench.open_branches(model)
+    branches = bench.computed_branches(model)
     if not as_json:
         click.echo(
             f"{checkpoint.name} on {machine['device']}, {machine['threads']} threads, torch {machine['torch']}\n"

@@ -136,14 +136,14 @@ def test_operations_of_dense_grow_with_the_square() -> None:
 
 def test_operations_leave_out_what_no_gate_lets_through() -> None:
     model = random_model().bfloat16()
-    assert bench.open_branches(model) == list(BRANCHES)  # no bias: gates are what the tokens make them
+    assert bench.computed_branches(model) == list(BRANCHES)  # no bias: gates are what the tokens make them
     gated = NSAModel(replace(CONFIG, gate_bias=True), dtype=torch.bfloat16)
     for layer in gated.model.layers:
         layer.attn.g_proj.weight.zero_()
         layer.attn.g_proj.bias.view(-1, 3).copy_(torch.tensor([-14.0, 14.0, 0.0]))
     fast = native.supports(torch.empty(1, 1, 16, dtype=torch.bfloat16))
-    assert bench.open_branches(gated) == (["selected", "window"] if fast else list(BRANCHES))
-    assert bench.open_branches(gated.float()) == list(BRANCHES)
+    assert bench.computed_branches(gated) == (["selected", "window"] if fast else list(BRANCHES))
+    assert bench.computed_branches(gated.float()) == list(BRANCHES)
     per_key = CONFIG.num_hidden_layers * CONFIG.num_heads * 2 * 2 * CONFIG.head_dim
     every, some = (bench.operations(CONFIG, 6400, False, names) for names in (BRANCHES, ["selected"]))
     window = per_key * (64 * (6400 - 64) + 64)  # whole from the second block of queries on, as counted

@@ -12,9 +12,10 @@ import torch
 from nsa_cli.evaluate import Row, are_named, table
 from nsa_cli.evidence import Evidence
 from nsa_models import Cache, load_model, load_tokenizer
-from nsa_models.evaluate import Reader, Trial, perplexity, share
+from nsa_models.evaluate import Reader, Trial, perplexity, share, tokens_read
 from nsa_models.training.tasks import Task, is_right, short_tasks
 from nsa_models.training.wordings import TAKES
+from tests.models.tiny import random_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -176,6 +177,18 @@ def test_replies_are_alike_where_all_is_read(tiny_checkpoint, attention):
     assert len(full) == 12 and other == full
     for name in ("full", attention):
         assert Reader(model, name, 80).generate(ids, 12, ends=full[3:4]) == full[: full.index(full[3])]
+
+
+@pytest.mark.parametrize(("biases", "expected"), [((0, 0, 0), 74 + 64 + 32), ((-14, 14, -14), 64), ((-14, 14, 0), 96)])
+def test_a_branch_that_no_gate_lets_through_is_not_in_the_budget(biases, expected):
+    """T/d compressed keys, n l' selected ones, w of the window (paper table 4): (300 - 8) / 4 + 1, 4 x 16 and 32."""
+    model = random_model()
+    for layer in model.model.layers:
+        layer.attn.g_proj.weight.zero_()
+        layer.attn.g_proj.bias.view(-1, 3).copy_(torch.tensor(biases, dtype=torch.float32))
+    assert [tokens_read(model, name, 300) for name in ("nsa", "h2o", "full")] == [expected, expected, 300]
+    model.model.layers[1].attn.g_proj.weight[0] = 0.1  # now what a token says counts too
+    assert tokens_read(model, "quest", 300) == 74 + 64 + 32
 
 
 def test_wilsons_interval():
