@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -115,6 +116,15 @@ def flash_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "D192/128 G16 fp32", lambda: run(64, 4, 192, 128, torch.float32)
 
 
+def builtin_variant():
+    """What `nsa models install` makes."""
+    from nsa_kernels.variant import Variant
+    from nsa_models.install import manifests
+
+    (manifest,) = manifests().values()
+    return Variant(**{k: v for k, v in manifest.variant.items() if k in {field.name for field in fields(Variant)}})
+
+
 def decode_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     from nsa_kernels.decode import decode_attention, decode_dense
     from nsa_kernels.variant import Variant
@@ -130,6 +140,7 @@ def decode_cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
     paper, nsa_1b = Variant(), Variant(16, 16, 16, 16, 0, 1, 128, topk="streamed", topk_chunk=16)
     yield "D64 G3", lambda: run(1, 9, 3, 64, 64, paper)
+    yield "D64 G3 built-in", lambda: run(1, 9, 3, 64, 64, builtin_variant())
     yield "D128 G16", lambda: run(16, 64, 4, 128, 128, paper)
     yield "D192/128 G16", lambda: run(64, 64, 4, 192, 128, paper)
     yield "D64 G16 blocks of 16", lambda: run(1, 32, 2, 64, 64, nsa_1b)
@@ -195,6 +206,7 @@ def gpu_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         attend(HQ, HKV, D, Dv, variant, T, packing=packing)
 
     yield "D64 G3", lambda: run(9, 3, 64, 64, Variant(32, 32))
+    yield "D64 G3 built-in", lambda: run(9, 3, 64, 64, builtin_variant())
     yield "D128 G16", lambda: run(64, 4, 128, 128, Variant())
     yield "D192/128 G16", lambda: run(64, 4, 192, 128, Variant())
     streamed = Variant(16, 16, 16, 16, 0, 1, 128, topk="streamed", topk_chunk=16)
