@@ -60,17 +60,26 @@ def test_streaming_sees_sinks_and_the_window():
     torch.testing.assert_close(got[t : t + 1], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_quest_reads_the_pages_with_the_highest_bounds():
+def test_quest_reads_the_pages_with_the_highest_bounds_of_its_group():
     q, k, v = inputs(96)
     got = Quest(CONFIG, 48)(2, q, k, v, 0)  # 3 pages of 16
-    t, head = 80, 3
-    pages = k[:80, head // 2].view(5, 16, 8)
-    bound = torch.maximum(q[t, head] * pages.amin(1), q[t, head] * pages.amax(1)).sum(-1)
+    t, kv = 80, 1
+    group, pages = q[t, 2 * kv : 2 * kv + 2, None], k[:80, kv].view(5, 16, 8)
+    bound = torch.maximum(group * pages.amin(1), group * pages.amax(1)).sum((0, 2))
     chosen = sorted(bound.topk(2).indices.tolist())
     seen = [s for page in chosen for s in range(16 * page, 16 * page + 16)] + [80]
-    p = torch.softmax(q[t, head] @ k[seen, head // 2].T * 8**-0.5, 0)
-    torch.testing.assert_close(got[t, head], p @ v[seen, head // 2], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(Quest(CONFIG, 48)(1, q, k, v, 0), reference.dense_attention(q, k, v))
+    p = torch.softmax(group[:, 0] @ k[seen, kv].T * 8**-0.5, -1)
+    torch.testing.assert_close(got[t, 2 * kv : 2 * kv + 2], p @ v[seen, kv], rtol=1e-5, atol=1e-5)
+
+
+def test_query_heads_of_a_group_read_the_same_within_the_budget():
+    """What a key head is asked for is what a step reads: query heads that choose alone read up to G budgets."""
+    q, k, _ = inputs(160)
+    v = torch.eye(160)[:, None].expand(160, 2, 160)  # what comes out says what was read
+    read = Quest(CONFIG, 48)(2, q, k, v, 0).unflatten(1, (2, 2)) > 0
+    assert torch.equal(read[:, :, 0], read[:, :, 1])
+    assert read.sum(-1).max() == 48
+    assert not torch.equal(read[-1, 0], read[-1, 1]), "key heads choose for themselves"
 
 
 def test_heavy_hitters_keep_recent_tokens_and_those_attended_most():
@@ -103,9 +112,11 @@ def test_masked_attention_in_pieces(monkeypatch):
     from nsa_models import comparators
 
     q, k, v = inputs(90)
-    whole = masked_attention(q, k, v, 0, lambda rows: None)
+    seen = torch.rand(90, 2, 90, generator=torch.Generator().manual_seed(1)) < 0.5
+    seen |= torch.eye(90, dtype=torch.bool)[:, None]
+    whole = masked_attention(q, k, v, 0, lambda rows: seen[rows])
     monkeypatch.setattr(comparators, "MOST_SCORES", 90 * 4 * 7)
-    torch.testing.assert_close(masked_attention(q, k, v, 0, lambda rows: None), whole)
+    torch.testing.assert_close(masked_attention(q, k, v, 0, lambda rows: seen[rows]), whole)
 
 
 def test_a_model_reads_through_it():
