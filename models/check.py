@@ -37,7 +37,9 @@ def check(directory: Path) -> Iterator[str]:
     whole = model(ids)[-1]
     pieces = prefill(model, ids, Cache(model.config, len(ids), model.device, model.dtype), chunk=17)
     error = ((whole - pieces).norm() / whole.norm()).item()
-    limit = 2e-2 if model.dtype == torch.bfloat16 else 1e-4
+    # A few rows times int8 weights are multiplied in bfloat16 on every CPU (`linear.int8_linear`), more in model.dtype:
+    # the built-in model's logits differed by 2.9e-3 where it computes in float32.
+    limit = 2e-2 if model.dtype == torch.bfloat16 or scales else 1e-4
     if not whole.isfinite().all() or not error < limit:
         raise ModelError(f"{directory}: chunked prefill differs from whole prefill by {error:.1e}, over {limit:.0e}")
     yield f"computes in {str(model.dtype).removeprefix('torch.')}: chunked = whole prefill within {error:.1e}"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import zipfile
 from importlib import resources
@@ -16,6 +17,7 @@ from nsa_models import install, load_model
 from nsa_models.check import check
 from nsa_models.errors import ModelError, NSAError
 from nsa_models.install import CARD, Manifest, manifests
+from nsa_models.quantize import quantize
 
 
 @pytest.fixture
@@ -184,6 +186,13 @@ class TestCheck:
     def test_a_sound_checkpoint_passes(self, tiny_checkpoint) -> None:
         lines = list(check(tiny_checkpoint))
         assert len(lines) == 5 and "chat template renders" in lines
+
+    def test_int8_weights_pass_where_activations_are_float32(self, tiny_checkpoint, tmp_path, monkeypatch) -> None:
+        """A CPU without bfloat16 instructions: the last row's logits come of a product in bfloat16 all the same."""
+        monkeypatch.setattr("nsa_models.checkpoint.default_dtype", lambda device: torch.float32)
+        target = shutil.copytree(tiny_checkpoint, tmp_path / "int8")
+        save_file(quantize(load_file(target / "model.safetensors")), target / "model.safetensors")
+        assert list(check(target))[-1].startswith("computes in float32")
 
     def test_a_short_context_is_checked_within_it(self, tiny_checkpoint, changed) -> None:
         assert len(list(check(changed(config={"max_position_embeddings": 64})))) == 5
