@@ -189,6 +189,7 @@ class Trainer:
             self.student.weights,
             batch.ids,
             batch.lengths,
+            positions=batch.positions,
             context=batch.context,
             dtype=self.dtype,
             recompute=plan.recompute,

@@ -57,7 +57,8 @@ def sequences(index: int, length: int, count: int) -> Batch:
     targets = torch.full_like(ids, -1)
     targets[:, -8:] = values[:, None]
     asked = torch.ones(count * length, dtype=torch.bool)
-    return Batch(ids.flatten(), targets.flatten(), targets.flatten() >= 0, asked, [length] * count)
+    positions = torch.arange(length).repeat(count)
+    return Batch(ids.flatten(), targets.flatten(), targets.flatten() >= 0, asked, positions, [length] * count)
 
 
 def train(folder: Path, select_count: int) -> float:
