@@ -50,7 +50,7 @@ class Quest:
     PAGE = 16
 
     def __init__(self, config: NSAConfig, budget: int) -> None:
-        self.pages = max(budget // self.PAGE, 1)
+        self.pages = -(-budget // self.PAGE)  # in whole ones: all of a text that the budget holds
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
         S = start + q.shape[0]
