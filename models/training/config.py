@@ -22,7 +22,6 @@ class Stage:
     task_share: float | None = None  # in place of the data's, as the next
     reread_share: float | None = None
     context: int = 0  # tokens: positions are scaled as in a context of so many, where that is longer than the sequence
-    jumps: int = 0  # of a sequence's positions, which then reach into that context; 0 = they follow one another
 
     def shares(self, data: "Data") -> tuple[float, float]:
         """Of tasks among the sequences, and of passages among the tasks."""
@@ -142,10 +141,8 @@ class TrainConfig:
                 if getattr(values, name) < 0:
                     raise InputError(f"config: {where}{name} must not be negative, got {getattr(values, name)}")
         for stage in self.curriculum:
-            if min(stage.batch_tokens, stage.context, stage.jumps) < 0:
-                raise InputError(f"config: a stage's batch_tokens, context and jumps must not be negative: {stage}")
-            if stage.jumps and stage.context <= stage.length:
-                raise InputError(f"config: a stage with jumps needs a context that is longer than its length: {stage}")
+            if min(stage.batch_tokens, stage.context) < 0:
+                raise InputError(f"config: a stage's batch_tokens and context must not be negative: {stage}")
             if min(stage.steps, stage.accumulate) < 1 or stage.length < 2:
                 raise InputError(
                     f"config: a stage needs steps and accumulate of at least 1, length of at least 2: {stage}"

@@ -142,7 +142,7 @@ class Mixture:
         while not examples or room >= SHORTEST:
             examples.append(self.example(rng, min(room, stage.length), tasks, reread))
             room -= len(examples[-1].ids)
-        return pack(examples, stage.context, stage.jumps, rng)
+        return pack(examples, stage.context)
 
     def example(self, rng: random.Random, length: int, tasks: float, reread: float) -> Example:
         """One sequence of at most `length` tokens. tasks: their share; reread: that of them laid out as passages."""

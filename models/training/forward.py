@@ -38,7 +38,6 @@ def hidden_states(
     ids: Tensor,
     lengths: Sequence[int],
     *,
-    positions: Tensor | None = None,
     context: int = 0,
     dtype: torch.dtype = torch.float32,
     dense: bool = False,
@@ -48,18 +47,16 @@ def hidden_states(
 ) -> Tensor:
     """ids: (T,), sequences of `lengths` tokens one after another. Returns the last hidden states (T, H), normed.
 
-    positions: (T,), None = each sequence's from 0 on. context: tokens that positions are scaled for in sequences that
-    are shorter. dense: full attention over the same weights. recompute: keep only each layer's input and compute the
-    layer again in the backward pass. each: called with (layer, its output (T, H)). watch: called with (sequence, its
-    keys) in every layer, before its attention.
+    context: tokens that positions are scaled for in sequences that are shorter. dense: full attention over the same
+    weights. recompute: keep only each layer's input and compute the layer again in the backward pass. each: called
+    with (layer, its output (T, H)). watch: called with (sequence, its keys) in every layer, before its attention.
     """
     if sum(lengths) != ids.shape[0]:
         raise ValueError(f"lengths add up to {sum(lengths)}, not to {ids.shape[0]} tokens")
-    if positions is None:
-        positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])
     ropes = [Rope(config, config.rope_factor(max(length, context))) for length in lengths]
     angles = [
-        (rope, at, *rope.angles(at, dtype)) for rope, at in zip(ropes, positions.split(list(lengths)), strict=True)
+        (rope, *rope.angles(torch.arange(length, device=ids.device), dtype))
+        for rope, length in zip(ropes, lengths, strict=True)
     ]
     x = functional.embedding(ids, weights["model.embeddings.weight"]).to(dtype)
 
@@ -125,7 +122,7 @@ def _attention(config: NSAConfig, weights, name: str, h: Tensor, angles, lengths
 
 def _one_sequence(config: NSAConfig, weights, name: str, q, gates, k, v, *rest, dense: bool, watch) -> Tensor:
     """q (T, HQ, D), gates (T, HQ, 3), k and v (T, HKV, D), with branch_kv those of the other branches: (T, HQ, Dv)."""
-    *own, (rope, at, cos, sin) = rest
+    *own, (rope, cos, sin) = rest
     variant = config.variant
     turned, k_turned = rotate(q, cos, sin), rotate(k, cos, sin)
     if dense:
@@ -136,12 +133,12 @@ def _one_sequence(config: NSAConfig, weights, name: str, q, gates, k, v, *rest, 
     q_cmp = q if config.compress_rope == "none" else turned
     if watch is not None:
         wide = k_src.to(torch.promote_types(k_src.dtype, torch.float32))
-        watch(Keys(turned, q_cmp, k_turned, functools.partial(_compressed_keys, config, weights, name, wide, rope, at)))
+        watch(Keys(turned, q_cmp, k_turned, functools.partial(_compressed_keys, config, weights, name, wide, rope)))
     return nsa_kernels.nsa_attention(
         turned,
         k_turned,
         v,
-        _compressed_keys(config, weights, name, k_src, rope, at),
+        _compressed_keys(config, weights, name, k_src, rope),
         nsa_kernels.compress(v_src, variant, _phi(weights, config.compress_kind, f"{name}.compress_v", v.dtype)),
         gates,
         variant,
@@ -151,16 +148,16 @@ def _one_sequence(config: NSAConfig, weights, name: str, q, gates, k, v, *rest, 
     )[0]
 
 
-def _compressed_keys(config: NSAConfig, weights, name: str, k_src: Tensor, rope: Rope, at: Tensor) -> Tensor:
-    """(NC, HKV, D), rotated where the config says that compressed keys are. at: (T,), positions."""
+def _compressed_keys(config: NSAConfig, weights, name: str, k_src: Tensor, rope: Rope) -> Tensor:
+    """(NC, HKV, D), rotated where the config says that compressed keys are."""
     position = weights.get(f"{name}.compress_k.position")
     position = None if position is None else position.to(k_src.dtype)
     phi = _phi(weights, config.compress_kind, f"{name}.compress_k", k_src.dtype)
     k_cmp = nsa_kernels.compress(k_src, config.variant, phi, position)
     if config.compress_rope != "after":
         return k_cmp
-    first = at[:: config.compress_stride][: k_cmp.shape[0]]  # a block stands where its first token does
-    return rotate(k_cmp, *rope.angles(first, k_src.dtype))
+    blocks = torch.arange(k_cmp.shape[0], device=k_src.device) * config.compress_stride  # at its block's first token
+    return rotate(k_cmp, *rope.angles(blocks, k_src.dtype))
 
 
 COMPRESSION = {

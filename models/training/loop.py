@@ -189,7 +189,6 @@ class Trainer:
             self.student.weights,
             batch.ids,
             batch.lengths,
-            positions=batch.positions,
             context=batch.context,
             dtype=self.dtype,
             recompute=plan.recompute,

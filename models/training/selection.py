@@ -45,8 +45,7 @@ def selection_loss(config: NSAConfig, weights: Weights, batch: Batch, dtype: tor
     """`SelectionLoss` by itself: the pass needs no gradients, and compression alone gets them."""
     watch = SelectionLoss(config, batch)
     with torch.no_grad():
-        where = dict(positions=batch.positions, context=batch.context)
-        hidden_states(config, weights, batch.ids, batch.lengths, **where, dtype=dtype, watch=watch)
+        hidden_states(config, weights, batch.ids, batch.lengths, context=batch.context, dtype=dtype, watch=watch)
     return watch.mean
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from nsa_models.config import RopeScaling
-from nsa_models.rope import Rope
 from nsa_models.training.forward import hidden_states, output_logits
 from nsa_models.training.student import fresh_weights
 from nsa_models.transformer import NSAModel, parameter_shapes
@@ -56,30 +55,6 @@ def test_positions_are_scaled_as_in_a_longer_context(rope):
         torch.testing.assert_close(hidden, expected, rtol=1e-9, atol=1e-9)
     alone = hidden_states(inference.config, weights, ids, lengths, context=100, dtype=torch.float64).split(lengths)
     assert (alone[0] - got[0]).abs().max() > 1e-3, "the test would not see the difference"
-
-
-@pytest.mark.parametrize("name", ["shared", "softmax, after", "scaled"])
-def test_positions_may_jump(name, monkeypatch):
-    """As in inference, whose positions are made to jump too; moved by one distance they change nothing."""
-    inference = model(**VARIANTS[name])
-    lengths, generator = [120, 90], torch.Generator().manual_seed(1)
-    ids = torch.randint(97, (210,), generator=generator)
-    steps = [1 + 50 * (torch.rand(n, generator=generator) < 0.05) for n in lengths]
-    positions = [step.cumsum(0) for step in steps]
-    weights = inference.state_dict()
-
-    def states(places):
-        where = dict(positions=torch.cat(places), dtype=torch.float64)
-        return hidden_states(inference.config, weights, ids, lengths, **where).split(lengths)
-
-    got = states(positions)
-    for moved, hidden in zip(states([at + 9 for at in positions]), got, strict=True):
-        torch.testing.assert_close(moved, hidden, rtol=1e-9, atol=1e-9)
-    usual = Rope.angles
-    for at, sequence, hidden in zip(positions, ids.split(lengths), got, strict=True):
-        monkeypatch.setattr(Rope, "angles", lambda self, rows, dtype, at=at: usual(self, at[rows], dtype))
-        expected = inference(sequence)
-        torch.testing.assert_close(output_logits(inference.config, weights, hidden), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_dense_is_inference_with_dense_attention():

@@ -57,8 +57,7 @@ def sequences(index: int, length: int, count: int) -> Batch:
     targets = torch.full_like(ids, -1)
     targets[:, -8:] = values[:, None]
     asked = torch.ones(count * length, dtype=torch.bool)
-    positions = torch.arange(length).repeat(count)
-    return Batch(ids.flatten(), targets.flatten(), targets.flatten() >= 0, asked, positions, [length] * count)
+    return Batch(ids.flatten(), targets.flatten(), targets.flatten() >= 0, asked, [length] * count)
 
 
 def train(folder: Path, select_count: int) -> float:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nsa_models.errors import InputError
 from nsa_models.text import Text
-from nsa_models.training.batch import JUMP_AT, Example, jumping, pack
+from nsa_models.training.batch import Example, pack
 from nsa_models.training.config import Data, Stage, TrainConfig
 from nsa_models.training.data import Corpus, Layout, Mixture, make_task, read_corpus
 from nsa_models.training.found import definitions
@@ -221,34 +221,6 @@ def test_a_batch_is_a_function_of_its_index(layout):
     assert any(batch.answers.any() for batch in batches) and any((~batch.asked).any() for batch in batches)
     scaled = Mixture(replace(settings, curriculum=(Stage(4, 300, context=5000),)), corpora, layout)(0, 3)
     assert scaled.context == scaled.to("cpu").context == 5000 and one(0, 3).context == 0
-
-
-def test_positions_of_a_batch_jump_into_the_context(layout):
-    corpora = [(Corpus(DOCUMENTS), 1.0)]
-    settings = replace(plan(), curriculum=(Stage(4, 300, 700, context=5000, jumps=2),))
-    first, again = (Mixture(settings, corpora, layout)(0, 3) for _ in range(2))
-    assert torch.equal(first.positions, again.positions) and torch.equal(first.positions, first.to("cpu").positions)
-    without = Mixture(replace(settings, curriculum=(Stage(4, 300, 700, context=5000),)), corpora, layout)(0, 3)
-    assert torch.equal(first.ids, without.ids), "what is read does not depend on where it stands"
-    assert torch.equal(without.positions, torch.cat([torch.arange(n) for n in without.lengths]))
-    assert all(at[-1] >= n for at, n in zip(first.positions.split(first.lengths), first.lengths, strict=True) if n > 64)
-
-
-@given(st.integers(1, 1000), st.integers(0, 100_000), st.integers(0, 20), st.randoms(use_true_random=False))
-def test_jumping(length: int, context: int, jumps: int, rng: random.Random):
-    at = jumping(length, context, jumps, rng)
-    steps = at.diff()
-    assert at.shape == (length,) and at[0] == 0 and (steps >= 1).all() and at[-1] < max(context, length)
-    where = 1 + torch.nonzero(steps > 1).flatten()
-    assert len(where) <= jumps and (where % JUMP_AT == 0).all()
-
-
-def test_jumps_reach_every_distance():
-    """The last token of 256 in 4,096 stands anywhere from 255 on, evenly: within 3 % at the quartiles."""
-    rng = random.Random(1)
-    last = torch.tensor([jumping(256, 4096, 1, rng)[-1].item() for _ in range(20_000)], dtype=torch.float64)
-    expected = 255 + torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64) * (4096 - 256)
-    torch.testing.assert_close(last.quantile(torch.tensor([0.25, 0.5, 0.75]).double()), expected, rtol=0.03, atol=0)
 
 
 def test_a_task_is_laid_out_as_a_question_is(layout, tmp_path, nsa, monkeypatch):
