@@ -153,10 +153,10 @@ class Attention(nn.Module):
         k, values = (cache.read(self.layer, name, start, end).to(dtype) for name in names)
         place = self.config.compress_rope
         if place != "before" and not self.config.branch_kv:
-            k = rope.undo(k, *rope.angles(torch.arange(start, end, device=k.device), dtype))
+            k = rope.undo(k, *rope.angles(cache.positions(start, end).to(k.device), dtype))
         k_cmp = nsa_kernels.compress(k, v, self.compress_k.phi(), self.compress_k.position)
         if place == "after":  # a compressed key stands at the first token of its block
-            blocks = torch.arange(first, last, device=k.device) * v.compress_stride
+            blocks = cache.positions(start, last * v.compress_stride)[:: v.compress_stride].to(k.device)
             k_cmp = rotate(k_cmp, *rope.angles(blocks, dtype))
         v_cmp = nsa_kernels.compress(values, v, self.compress_v.phi())
         cache.write(self.layer, first, k_cmp=k_cmp, v_cmp=v_cmp)

@@ -8,6 +8,7 @@ from nsa_kernels.variant import Variant
 from nsa_models.errors import ModelError
 
 MOST_LAYERS = 1000
+KINDS_OF_SCALING = ("yarn", "dynamic_yarn", "dual_chunk", "llama3", "linear")
 POSITIVE = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "num_kv_heads", "head_dim", "v_head_dim"),
     *("intermediate_size", "max_position_embeddings", "rope_theta", "norm_eps"),
@@ -20,6 +21,7 @@ class RopeScaling:
 
     `yarn` (arXiv 2309.00071), `llama3` and `linear` always apply. `dynamic_yarn` is YaRN with the smallest power of
     two that covers the context, at most `factor`: a context within the trained length runs unscaled, as the base does.
+    `dual_chunk` leaves frequencies alone and bounds distances (`positions.py`).
     """
 
     factor: float
@@ -30,6 +32,7 @@ class RopeScaling:
     kind: str = "dynamic_yarn"
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0
+    chunk: int = 0  # dual_chunk: tokens; distances are true within a chunk and to the one before it
 
     def __post_init__(self) -> None:
         _check_types(self, "rope_scaling ")
@@ -41,10 +44,12 @@ class RopeScaling:
             raise ModelError("config: rope_scaling mscale must not be negative")
         if self.low_freq_factor >= self.high_freq_factor:
             raise ModelError("config: rope_scaling low_freq_factor must be below high_freq_factor")
-        if self.kind not in ("yarn", "dynamic_yarn", "llama3", "linear"):
+        if self.kind not in KINDS_OF_SCALING:
             raise ModelError(
-                f"config: rope_scaling kind must be yarn, dynamic_yarn, llama3 or linear, got {self.kind!r}"
+                f"config: rope_scaling kind must be one of {', '.join(KINDS_OF_SCALING)}, got {self.kind!r}"
             )
+        if (self.chunk > 0) != (self.kind == "dual_chunk") or self.chunk < 0:
+            raise ModelError(f"config: rope_scaling chunk is for dual_chunk, which needs it, got {self.chunk}")
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,17 @@ class NSAConfig:
             set_(self, "variant", Variant(**{f.name: getattr(self, f.name) for f in fields(Variant)}))
         except ValueError as error:
             raise ModelError(f"config: {error}") from None
+        if self.position_chunk % self.select_block or 0 < self.position_chunk < max(self.window, self.compress_block):
+            raise ModelError(
+                f"config: rope_scaling chunk ({self.position_chunk}) must be a multiple of select_block "
+                f"({self.select_block}), and no shorter than window and compress_block"
+            )
+        learned = self.compress_kind != "mean" or self.compress_positions
+        if self.position_chunk and self.compress_rope == "before" and learned:
+            raise ModelError(
+                "config: rope_scaling dual_chunk turns compressed keys, which only means of rotated keys can be; "
+                "learned compression needs compress_rope after or none"
+            )
 
     def _heads(self, heads: object) -> tuple[tuple[int, int], ...]:
         """retrieval_heads as pairs that exist."""
@@ -148,10 +164,15 @@ class NSAConfig:
         """Tokens of a place that evidence names."""
         return self.retrieval_block or self.select_block
 
+    @property
+    def position_chunk(self) -> int:
+        """Tokens of a chunk where positions are those of dual chunks, else 0."""
+        return self.rope_scaling.chunk if self.rope_scaling else 0
+
     def rope_factor(self, tokens: int) -> float:
         """The factor for a context of up to `tokens` tokens, fixed for the whole of it (rotated keys are cached)."""
         scaling = self.rope_scaling
-        if scaling is None:
+        if scaling is None or scaling.kind == "dual_chunk":
             return 1.0
         if scaling.kind != "dynamic_yarn":
             return scaling.factor

@@ -9,13 +9,17 @@ from nsa_kernels.append import append, compress_newest
 from nsa_kernels.decode import decode_attention, decode_dense
 from nsa_models.attention import Attention
 from nsa_models.cache import Cache
+from nsa_models.positions import chunk_of, positions
 from nsa_models.rope import Rope
 from nsa_models.transformer import NSAModel
 
 
 def supports(model: NSAModel, cache: Cache) -> bool:
-    """Whether the kernels take this cache: they multiply queries and keys of one type."""
-    return cache.dtype == cache.compressed_dtype == model.dtype != torch.float64
+    """Whether the kernels take this cache: they multiply queries and keys of one type, and a table tells them where a
+    token stood when it came; a block over the end of a chunk of positions has tokens that were turned since.
+    """
+    stays = not model.config.position_chunk or model.config.compress_rope == "before"
+    return cache.dtype == cache.compressed_dtype == model.dtype != torch.float64 and stays
 
 
 class DeviceStep:
@@ -29,8 +33,9 @@ class DeviceStep:
         self.model, self.cache, self.dense = model, cache, dense
         self.token = torch.zeros(1, dtype=torch.long, device=model.device)
         self.length = torch.zeros(1, dtype=torch.int32, device=model.device)
-        positions = torch.arange(cache.capacity, device=model.device)
-        angles = Rope(model.config, cache.rope_factor).angles(positions, model.dtype)
+        token = torch.arange(cache.capacity, device=model.device)
+        where = positions(model.config, token, chunk_of(model.config, token))
+        angles = Rope(model.config, cache.rope_factor).angles(where, model.dtype)
         self.angles = tuple(x.flatten(1).contiguous() for x in angles)  # (capacity, D/2)
 
     @torch.no_grad()

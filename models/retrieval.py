@@ -48,16 +48,17 @@ class RetrievalMass:
         even = self.mass.sum(1, keepdim=True) / max(self.mass.shape[1] - self.config.initial_blocks, 1)
         return torch.where(even > 0, self.mass / even, 0).log1p().mean(0).expm1()
 
-    def add(self, layer: int, q: Tensor, k: Tensor, rope: Rope) -> None:
-        """One layer's queries q (T, HQ, D), the last T of k (S, HKV, D), both as rotated by `rope`."""
+    def add(self, layer: int, q: Tensor, k: Tensor, rope: Rope, positions: Tensor) -> None:
+        """One layer's queries q (T, HQ, D), the last T of k (S, HKV, D), as `rope` rotated them to positions (S,)."""
         heads = [(row, head) for row, (of, head) in enumerate(self.heads) if of == layer]
         if not heads or not self.document:
             return
         T, S, G, initial = q.shape[0], k.shape[0], q.shape[1] // k.shape[1], self.config.initial_blocks
         keys = {head // G for _, head in heads}
-        angles = rope.angles(torch.arange(self.document, device=k.device), torch.float32)
+        where = positions.to(k.device)
+        angles = rope.angles(where[: self.document], torch.float32)
         plain = {h: rope.undo(k[: self.document, h : h + 1].float(), *angles)[:, 0] for h in keys}
-        asked = rope.undo(q.float(), *rope.angles(torch.arange(S - T, S, device=q.device), torch.float32))
+        asked = rope.undo(q.float(), *rope.angles(where[S - T :], torch.float32))
         asked = rotate(asked, *(x.to(q.device) for x in self.near))
         if self.counted is not None:
             asked = asked[self.counted[S - T - self.document : S - self.document].to(q.device)]

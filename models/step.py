@@ -26,6 +26,7 @@ class Step:
         """Append `token` to the cache. Returns (vocab,) in float32 or better."""
         model, cache, count = self.model, self.cache, self.model.config.variant.compressed_count
         cache.require_room(1)
+        cache.turn()
         if self.captured is not None:
             logits = self.captured.run(token, cache.length)
             cache.length += 1
@@ -33,7 +34,7 @@ class Step:
         ids = torch.tensor([token])
         if self.compiled is None or count(cache.length) != count(cache.length + 1):
             return model.logits(model.advance(ids, cache, self.dense))[0]
-        cos, sin = self.rope.angles(torch.tensor([cache.length]), model.dtype)
+        cos, sin = self.rope.angles(cache.positions(cache.length, cache.length + 1), model.dtype)
         x = model.model.embeddings(ids, torch.float32)
         logits = self.compiled.run(x[0], cos.flatten(), sin.flatten(), cache.length)
         cache.length += 1

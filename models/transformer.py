@@ -84,7 +84,7 @@ class Layer(nn.Module):
         else:
             o = nsa_kernels.dense_attention(q, k, v, offset=start) if dense else attn.attend(q, q_cmp, gates, cache)
         if retrieval is not None:
-            retrieval.add(attn.layer, q, k, rope)
+            retrieval.add(attn.layer, q, k, rope, cache.positions(0, start + T))
 
         def finish(rows: slice) -> None:
             x[rows] += attn.o_proj(o[rows].flatten(1))
@@ -168,16 +168,24 @@ class NSAModel(nn.Module):
 
         ids: (T,). Returns the last hidden states (T, H), normed.
         """
+        cache.require_room(ids.shape[0])
+        done = []
+        while ids.shape[0]:
+            room = cache.turn() or ids.shape[0]
+            done.append(self._advance(ids[:room], cache, dense, retrieval, attention))
+            ids = ids[room:]
+        return self.model.norm(torch.cat(done))
+
+    def _advance(self, ids: Tensor, cache: Cache, dense: bool, retrieval, attention) -> Tensor:
+        """Tokens of one chunk of positions. Returns the last hidden states (T, H) before the norm."""
         T = ids.shape[0]
-        cache.require_room(T)
         rope = Rope(self.config, cache.rope_factor)
-        positions = torch.arange(cache.length, cache.length + T, device=self.device)
-        angles = rope.angles(positions, self.dtype)
+        angles = rope.angles(cache.positions(cache.length, cache.length + T).to(self.device), self.dtype)
         x = self.model.embeddings(ids.to(self.device), self.dtype)
         for layer in self.model.layers:
             layer(x, rope, angles, cache, dense, retrieval, attention)
         cache.length += T
-        return self.model.norm(x)
+        return x
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:

@@ -52,5 +52,5 @@ def grown(cache: "Cache", capacity: int, model: "NSAModel") -> "Cache":
     filled = cache.tensors()
     for name, rows in larger.tensors(cache.length).items():
         rows.copy_(filled[name])
-    larger.length = cache.length
+    larger.restore(cache.length, cache.chunk)
     return larger

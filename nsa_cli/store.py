@@ -62,6 +62,7 @@ class Entry:
     capacity: int = field(repr=False)  # rows of its buffers
     fingerprint: str = field(repr=False)
     rope_factor: float = field(repr=False)
+    chunk: int = field(repr=False)  # of positions, whose queries its keys are rotated for
     chain: bytes = field(repr=False)
     checksum: int | None = field(repr=False)  # of `kv`; None = written before there was one
 
@@ -128,6 +129,7 @@ class Store:
             "model": name or model.fingerprint[:12],
             "tokens": tokens,
             "rope_factor": cache.rope_factor,
+            "chunk": cache.chunk,
             "created": time.time(),
         }
         try:
@@ -366,6 +368,7 @@ def _read_entry(path: Path) -> Entry:
         capacity=int(about["capacity"]),
         fingerprint=about["fingerprint"],
         rope_factor=float(about["rope_factor"]),
+        chunk=int(about.get("chunk", 0)),
         chain=chain,
         checksum=about.get("kv_crc32"),
     )
@@ -426,18 +429,19 @@ def _open_cache(entry: Entry, model: "NSAModel", wanted: "Cache", length: int) -
         cache = Cache.for_model(model, wanted.capacity, wanted.rope_factor)
         for name, rows in cache.tensors(length).items():
             rows.copy_(buffers[name][:, : rows.shape[1]])
-        cache.length = length
+        cache.restore(length, entry.chunk)
         return cache
     rows = {name: buffer.shape[1] for name, buffer in wanted.buffers.items()}
-    return Cache(
+    cache = Cache(
         wanted.config,
         wanted.capacity,
         dtype=wanted.dtype,
         compressed_dtype=wanted.compressed_dtype,
         rope_factor=wanted.rope_factor,
         buffers={name: buffer[:, : rows[name]] for name, buffer in buffers.items()},
-        length=length,
     )
+    cache.restore(length, entry.chunk)
+    return cache
 
 
 def _map_kv(path: Path, shape: "Cache") -> dict[str, "torch.Tensor"]:

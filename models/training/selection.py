@@ -31,6 +31,7 @@ class SelectionLoss:
 
     def __call__(self, sequence: int, keys: Keys) -> None:
         rows = self.rows[sequence]
+        rows = rows[(rows >= keys.start) & (rows < keys.k.shape[0])]
         if rows.numel():
             with torch.enable_grad():
                 self.losses.append(divergence(self.config, keys, rows))
@@ -67,11 +68,11 @@ def divergence(config: NSAConfig, keys: Keys, rows: Tensor) -> Tensor:
     blocks = variant.block_count(keys.k.shape[0])
     free = free_blocks(config, rows, blocks)[:, None]
     with torch.no_grad():
-        p = probabilities(keys.q[rows], keys.k, rows + 1)
+        p = probabilities(keys.q[rows - keys.start], keys.k, rows + 1)
         wanted = by_block(p.unflatten(1, (HKV, -1)).sum(2), variant.select_block) * free
     k_cmp = keys.compressed()
     seen = (rows + 1 - variant.compress_block) // variant.compress_stride + 1
-    p = probabilities(keys.q_cmp[rows], k_cmp, seen)
+    p = probabilities(keys.q_cmp[rows - keys.start], k_cmp, seen)
     got = block_importance(p, HKV, variant, blocks) * free
     weight, tiny = wanted.sum(-1, keepdim=True), torch.finfo(got.dtype).tiny
 

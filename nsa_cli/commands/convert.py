@@ -12,20 +12,11 @@ import click
     "--context", type=click.IntRange(1), default=131072, show_default=True, help="Tokens that the NSA model shall read."
 )
 @click.option(
-    "--mscale",
-    type=click.FloatRange(0),
-    default=1.0,
-    show_default=True,
-    help="In contexts longer than the dense model's, queries and keys are multiplied by 0.1 * this * ln(factor) + 1, "
-    "as YaRN does; what suits a model best is measured by nsa eval.",
-)
-@click.option(
-    "--beta-fast",
-    type=click.FloatRange(0, min_open=True),
-    default=32.0,
-    show_default=True,
-    help="In such contexts, dimensions of queries and keys that rotate more often than this within the dense model's "
-    "context are not slowed down; again as in YaRN.",
+    "--chunk",
+    type=click.IntRange(1),
+    help="In contexts longer than the dense model's, positions come in chunks of this many tokens: distances are true "
+    "within a chunk and to the one before it, and whatever is further away stands between one and two chunks away.  "
+    "[default: a quarter of the dense model's context]",
 )
 @click.option(
     "--dtype",
@@ -79,7 +70,7 @@ import click
 @click.option(
     "--window", type=click.IntRange(0), default=512, show_default=True, help="Tokens of the sliding window (w)."
 )
-def command(dense: Path, out: Path, context: int, dtype: str, **variant: int | float | str) -> None:
+def command(dense: Path, out: Path, context: int, dtype: str, **variant: int | str | None) -> None:
     """Convert DENSE, a llama or qwen2 checkpoint (a directory with safetensors, or a .gguf file), to OUT.
 
     The result answers as the dense model does for contexts of up to select-count * select-block tokens; beyond them
@@ -89,7 +80,7 @@ def command(dense: Path, out: Path, context: int, dtype: str, **variant: int | f
     Examples:
       nsa convert SmolLM2-135M-Instruct.Q4_1.gguf smollm2-nsa/
       nsa convert Qwen2.5-0.5B-Instruct/ qwen-nsa/ --context 65536 --dtype int8
-      nsa convert Qwen2.5-0.5B-Instruct/ qwen-nsa/ --dtype float32 --compress-kind softmax
+      nsa convert Qwen2.5-0.5B-Instruct/ qwen-nsa/ --dtype float32 --compress-kind softmax --compress-rope after
     """
     from nsa_models.convert import convert
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -221,37 +220,30 @@ def test_narrow_types_stay_near(dtype: str, limit: float, directory, tmp_path) -
     assert (got - expected).norm() / expected.norm() < limit
 
 
-@pytest.mark.parametrize(("context", "factor"), [(4096, None), (4097, 2.0), (9000, 4.0), (131072, 32.0)])
-def test_a_longer_context_is_scaled_dynamically(context: int, factor: float | None, directory, tmp_path) -> None:
+@pytest.mark.parametrize("context", [4096, 4097, 131072])
+def test_a_longer_context_has_positions_in_chunks(context: int, directory, tmp_path) -> None:
     made = convert(directory(CONFIGS["llama"]), tmp_path / "nsa", context, "int8")
     assert made.max_position_embeddings == context
-    assert made.rope_scaling == (RopeScaling(factor, 4096) if factor else None)
-    assert made.rope_factor(4096) == 1.0
+    chunks = RopeScaling(context / 4096, 4096, kind="dual_chunk", chunk=1024)
+    assert made.rope_scaling == (chunks if context > 4096 else None)
+    assert made.rope_factor(context) == 1.0
 
 
-def test_what_attention_is_sharpened_by_in_a_longer_context(directory, tmp_path) -> None:
-    made = convert(directory(CONFIGS["llama"]), tmp_path / "nsa", 16384, "int8", mscale=0.6)
-    assert made.rope_scaling == RopeScaling(4.0, 4096, mscale=0.6)
+def test_chunks_of_positions_may_be_chosen(directory, tmp_path) -> None:
+    dense = directory(CONFIGS["llama"])
+    made = convert(dense, tmp_path / "nsa", 16384, "int8", chunk=512)
+    assert made.rope_scaling == RopeScaling(4.0, 4096, kind="dual_chunk", chunk=512)
     assert load_model(tmp_path / "nsa", "cpu", torch.float32).config == made
-    assert [Rope(made, factor).magnitude for factor in (1, 4)] == [1.0, pytest.approx(1 + 0.06 * math.log(4))]
-    with pytest.raises(ModelError, match="mscale must not be negative"):
-        RopeScaling(4.0, 4096, mscale=-0.1)
+    for chunk, said in ((500, "must be a multiple of select_block"), (448, "no shorter than window")):
+        with pytest.raises(ModelError, match=said):
+            convert(dense, tmp_path / "out", 16384, "int8", chunk=chunk)
 
 
-def test_what_keeps_its_speed_in_a_longer_context(directory, tmp_path) -> None:
-    """What turns beta_fast times or more within the dense model's context: at 256, fewer dimensions do than at 32."""
-    made = convert(directory(CONFIGS["llama"]), tmp_path / "nsa", 16384, "int8", beta_fast=256.0)
-    assert made.rope_scaling == RopeScaling(4.0, 4096, beta_fast=256.0)
-    unscaled, scaled, usual = (
-        Rope(config, factor).frequency
-        for config, factor in ((made, 1), (made, 4), (replace(made, rope_scaling=RopeScaling(4.0, 4096)), 4))
-    )
-    kept = [(frequency == unscaled).sum() for frequency in (scaled, usual)]
-    assert 0 < kept[0] < kept[1] < len(unscaled)
-    assert scaled[-1] == usual[-1] == unscaled[-1] / 4
-    for slow, fast in ((0.0, 32.0), (64.0, 32.0)):
-        with pytest.raises(ModelError, match="beta_slow must be above 0, and beta_fast not below it"):
-            RopeScaling(4.0, 4096, fast, slow)
+def test_learned_compression_of_rotated_keys_cannot_be_turned(directory, tmp_path) -> None:
+    dense, out = directory(CONFIGS["llama"]), tmp_path / "nsa"
+    with pytest.raises(ModelError, match="learned compression needs compress_rope after or none"):
+        convert(dense, out, 16384, "float32", compress_kind="softmax")
+    assert convert(dense, out, 16384, "float32", compress_kind="softmax", compress_rope="after").position_chunk == 1024
 
 
 def test_a_source_with_its_own_scaling_is_not_scaled_twice(directory, tmp_path) -> None:

@@ -18,6 +18,9 @@ from tests.models.tiny import CONFIG, random_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+SCALING = {"factor": 8.0, "original_max_position_embeddings": 64}
+DUAL = {**SCALING, "kind": "dual_chunk", "chunk": 32}
+CHUNKS = RopeScaling(**DUAL)
 CONFIGS = {
     "mean": CONFIG,
     "tied-biased": replace(CONFIG, tie_word_embeddings=True, qkv_bias=True, gate_bias=False),
@@ -28,6 +31,9 @@ CONFIGS = {
     "fla": replace(CONFIG, compress_block=16, compress_stride=16, initial_blocks=0, local_blocks=1),
     "wide-v": replace(CONFIG, v_head_dim=12),
     "yarn": replace(CONFIG, rope_scaling=RopeScaling(8.0, 64)),
+    "dual-chunk": replace(CONFIG, rope_scaling=CHUNKS),
+    "dual-chunk-after": replace(CONFIG, rope_scaling=CHUNKS, compress_rope="after", compress_kind="linear"),
+    "dual-chunk-paper": replace(CONFIG, rope_scaling=CHUNKS, branch_kv=True, compress_rope="none"),
 }
 
 
@@ -65,7 +71,7 @@ def test_decode_step_equals_prefill_of_one_token(model: NSAModel) -> None:
 
 def test_later_tokens_change_nothing_earlier(model: NSAModel) -> None:
     ids = random_ids(203)
-    if model.config.rope_scaling:
+    if model.config.rope_factor(203) > 1:
         pytest.skip("a longer context is scaled differently by design; see test_scaling_follows_the_capacity")
     torch.testing.assert_close(model(ids)[:101], model(ids[:101]), atol=2e-5, rtol=1e-4)
 
@@ -98,7 +104,7 @@ def test_tensors_rebuild_a_cache(model: NSAModel) -> None:
     other = exact_cache(model, 120)
     for name, tensor in cache.tensors().items():
         other.buffers[name][:, : tensor.shape[1]] = tensor
-    other.length = 80
+    other.restore(80, cache.chunk)
     assert torch.equal(prefill(model, ids[80:], other), prefill(model, ids[80:], cache))
 
 
@@ -248,6 +254,13 @@ def test_parameter_names_are_a_superset_of_flas() -> None:
         ({"compress_kind": "max"}, "compress_kind must be one of mean, linear, mlp, softmax"),
         ({"compress_stride": 3}, "compress_block (8) must be a multiple of compress_stride (3)"),
         ({"select_count": 2}, "exceed select_count (2)"),
+        ({"rope_scaling": {**SCALING, "kind": "ntk"}}, "kind must be one of yarn, dynamic_yarn, dual_chunk, llama3"),
+        ({"rope_scaling": {**SCALING, "chunk": 64}}, "chunk is for dual_chunk, which needs it, got 64"),
+        ({"rope_scaling": {**SCALING, "kind": "dual_chunk"}}, "chunk is for dual_chunk, which needs it, got 0"),
+        ({"rope_scaling": {**DUAL, "chunk": 40}}, "chunk (40) must be a multiple of select_block (16)"),
+        ({"rope_scaling": {**DUAL, "chunk": 16}}, "no shorter than window and compress_block"),
+        ({"rope_scaling": DUAL, "compress_kind": "linear"}, "learned compression needs compress_rope after or none"),
+        ({"rope_scaling": DUAL, "compress_positions": True}, "learned compression needs compress_rope after or none"),
         ({"windw": 5}, "unknown key 'windw'; did you mean 'window'?"),
     ],
 )

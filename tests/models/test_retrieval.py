@@ -50,10 +50,9 @@ def test_distance_does_not_matter(factor: float, start: int) -> None:
     q, k, rope = random(5, 6, 4), random(40, 2, 4), Rope(CONFIG, factor)
     places = torch.arange(45) + (torch.arange(45) >= 40) * start  # the words stand `start` behind the document
     rotated = rotate(k, *rope.angles(places[:40], torch.float32))
-    between = torch.zeros(start, 2, 4)
     asked = rotate(q, *rope.angles(places[40:], torch.float32))
     retrieval = RetrievalMass(CONFIG, 40)
-    retrieval.add(1, asked, torch.cat([rotated, between, random(5, 2, 4)]), rope)
+    retrieval.add(1, asked, torch.cat([rotated, random(5, 2, 4)]), rope, places)
     near = rotate(q, *Rope(CONFIG, CONFIG.rope_factor(DISTANCE)).angles(torch.tensor([DISTANCE]), torch.float32))
     expected = torch.stack([block_mass(near[:, head], k[:, head // 3], 8) for head in (0, 5)]).double()
     expected[:, 0] = 0
@@ -63,9 +62,9 @@ def test_distance_does_not_matter(factor: float, start: int) -> None:
 def test_only_the_named_heads_count_and_not_the_first_block() -> None:
     retrieval = RetrievalMass(CONFIG, 80)
     q, k, rope = torch.zeros(1, 6, 4), torch.zeros(81, 2, 4), Rope(CONFIG)
-    retrieval.add(0, q, k, rope)
+    retrieval.add(0, q, k, rope, torch.arange(81))
     assert retrieval.mass.sum() == 0
-    retrieval.add(1, q, k, rope)
+    retrieval.add(1, q, k, rope, torch.arange(81))
     assert not retrieval.mass[:, 0].any()
     torch.testing.assert_close(retrieval.mass[:, 1:], torch.full((2, 9), 0.1, dtype=torch.float64))  # 10 blocks
     torch.testing.assert_close(retrieval.lift[1:], torch.ones(9, dtype=torch.float64))
@@ -73,7 +72,7 @@ def test_only_the_named_heads_count_and_not_the_first_block() -> None:
 
 def test_places_may_be_of_another_size_than_selected_blocks() -> None:
     retrieval = RetrievalMass(replace(CONFIG, retrieval_block=32), 80)
-    retrieval.add(1, torch.zeros(1, 6, 4), torch.zeros(81, 2, 4), Rope(CONFIG))
+    retrieval.add(1, torch.zeros(1, 6, 4), torch.zeros(81, 2, 4), Rope(CONFIG), torch.arange(81))
     expected = torch.tensor([[0, 32 / 80, 16 / 80]] * 2, dtype=torch.float64)
     torch.testing.assert_close(retrieval.mass, expected)
     with pytest.raises(ModelError, match="retrieval_block must be at least 0, got -1"):
@@ -92,7 +91,7 @@ def test_what_two_heads_look_at_stands_above_what_draws_one() -> None:
 def test_without_named_heads_all_count() -> None:
     retrieval = RetrievalMass(replace(CONFIG, retrieval_heads=()), 80)
     for layer in range(2):
-        retrieval.add(layer, torch.zeros(1, 6, 4), torch.zeros(81, 2, 4), Rope(CONFIG))
+        retrieval.add(layer, torch.zeros(1, 6, 4), torch.zeros(81, 2, 4), Rope(CONFIG), torch.arange(81))
     torch.testing.assert_close(retrieval.mass[:, 1:], torch.full((12, 9), 0.1, dtype=torch.float64))
 
 
@@ -101,15 +100,15 @@ def test_only_counted_tokens_count_in_whatever_chunks_they_come() -> None:
     counted = [False, True, True, False, False, True, False]
     retrieval, chosen = RetrievalMass(CONFIG, 40, counted), RetrievalMass(CONFIG, 40)
     for start, stop in ((0, 2), (2, 3), (3, 5), (5, 7)):
-        retrieval.add(1, q[start:stop], k[: 40 + stop], rope)
+        retrieval.add(1, q[start:stop], k[: 40 + stop], rope, torch.arange(40 + stop))
     for i in (1, 2, 5):
-        chosen.add(1, q[i : i + 1], k[: 41 + i], rope)
+        chosen.add(1, q[i : i + 1], k[: 41 + i], rope, torch.arange(41 + i))
     torch.testing.assert_close(retrieval.mass, chosen.mass)
 
 
 def test_without_a_document_nothing_is_found() -> None:
     retrieval = RetrievalMass(CONFIG, 0)
-    retrieval.add(1, torch.zeros(4, 6, 4), torch.zeros(4, 2, 4), Rope(CONFIG))
+    retrieval.add(1, torch.zeros(4, 6, 4), torch.zeros(4, 2, 4), Rope(CONFIG), torch.arange(4))
     assert retrieval.mass.shape == (2, 0) and retrieval.lift.shape == (0,)
 
 

@@ -165,24 +165,23 @@ class TestConvert:
     @pytest.mark.parametrize("kind", ["linear", "softmax"])
     def test_learned_compression(self, nsa, tiny_gguf, tmp_path, kind: str) -> None:
         out = tmp_path / "out"
-        assert nsa("convert", tiny_gguf, out, "--context", 8192, "--compress-kind", kind).code == 0
+        learned = ("--context", 8192, "--compress-kind", kind)
+        fails(nsa("convert", tiny_gguf, out, *learned), 5, "learned compression needs compress_rope after or none")
+        assert nsa("convert", tiny_gguf, out, *learned, "--compress-rope", "after").code == 0
         assert json.loads((out / "config.json").read_text())["compress_kind"] == kind
         assert nsa("models", "check", out).code == 0
 
     def test_positions_in_a_longer_context(self, nsa, tiny_gguf, tmp_path) -> None:
         out = tmp_path / "out"
-        scaled = ("--context", 131072, "--mscale", 0.6, "--beta-fast", 64)
-        assert nsa("convert", tiny_gguf, out, *scaled).code == 0
+        assert nsa("convert", tiny_gguf, out, "--context", 131072, "--chunk", 640).code == 0
         scaling = json.loads((out / "config.json").read_text())["rope_scaling"]
-        assert (scaling["mscale"], scaling["beta_fast"], scaling["beta_slow"]) == (0.6, 64, 1)
+        assert (scaling["kind"], scaling["chunk"]) == ("dual_chunk", 640)
         assert nsa("models", "check", out).code == 0
 
     def test_what_cannot_be(self, nsa, tiny_gguf, tmp_path) -> None:
         out = tmp_path / "out"
         fails(nsa("convert", tmp_path / "nowhere", out), 5, "no such checkpoint")
-        fails(
-            nsa("convert", tiny_gguf, out, "--beta-fast", 0.5), 5, "beta_slow must be above 0, and beta_fast not below"
-        )
+        fails(nsa("convert", tiny_gguf, out, "--chunk", 100), 5, "chunk (100) must be a multiple of select_block (64)")
         fails(nsa("convert", tiny_gguf, out, "--select-count", 2), 5, "exceed select_count (2)")
         for option in ("--context", "--compress-block", "--select-count"):
             run = nsa("convert", tiny_gguf, out, option, 0)

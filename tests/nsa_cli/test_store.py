@@ -28,6 +28,8 @@ from tests.models import tiny
 CONFIG = replace(tiny.CONFIG, max_position_embeddings=8192, gate_bias=False)
 PAPER = replace(CONFIG, branch_kv=True, compress_kind="mlp", compress_positions=True, compress_rope="after")
 
+CHUNKS = replace(CONFIG, rope_scaling=RopeScaling(8.0, 128, kind="dual_chunk", chunk=64))
+
 
 def random_model(config: NSAConfig = CONFIG, seed: int = 0) -> NSAModel:
     model = tiny.random_model(config, seed=seed)
@@ -65,7 +67,7 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path, quota_bytes=10**9)
 
 
-@pytest.mark.parametrize("config", [CONFIG, PAPER], ids=["mean", "paper"])
+@pytest.mark.parametrize("config", [CONFIG, PAPER, CHUNKS], ids=["mean", "paper", "dual-chunk"])
 def test_cold_answer_is_warm_answer(store: Store, config: NSAConfig) -> None:
     model, context, question = random_model(config), random_ids(5 * BLOCK), random_ids(23, seed=2)
     cache = filled(model, context, 400)
@@ -128,6 +130,20 @@ def test_any_common_prefix_continues_as_a_fresh_prefill(shared, common: int, res
         prefill(model, other[:expected], fresh)
     logits = [prefill(model, other[expected:], cache) for cache in (fresh, again)]
     torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("capacity", [500, 300 + SLACK + 500], ids=["mapped", "copied"])
+@pytest.mark.parametrize("common", [64, 128, 200, 300])
+def test_a_prefix_in_an_earlier_chunk_of_positions_continues(store: Store, common: int, capacity: int) -> None:
+    """The stored keys are rotated for a later chunk's queries: they are turned back."""
+    model, ids = random_model(CHUNKS), random_ids(330)
+    keep(store, model, ids)
+    other = ids[:common] + random_ids(150, seed=3)
+    stored, fresh = store.open(model, "tok", other, capacity), Cache.for_model(model, capacity)
+    assert stored.length == common // BLOCK * BLOCK and stored.cache.chunk <= stored.length // 64
+    truth = prefill(model, other, fresh)
+    got = prefill(model, other[stored.length :], stored.cache)
+    assert (got - truth).norm() / truth.norm() < 0.02  # of bfloat16 keys, rounded twice more
 
 
 def test_notes_say_where_and_why(store: Store) -> None:

@@ -30,6 +30,7 @@ CONFIG = NSAConfig(
 CONFIGS = {
     "mean": CONFIG,
     "tied-biased-yarn": replace(CONFIG, tie_word_embeddings=True, qkv_bias=True, rope_scaling=RopeScaling(8.0, 32)),
+    "dual-chunk": replace(CONFIG, rope_scaling=RopeScaling(8.0, 64, kind="dual_chunk", chunk=32)),
     "linear-roped-after": replace(CONFIG, compress_kind="linear", compress_positions=True, compress_rope="after"),
     "softmax": replace(CONFIG, compress_kind="softmax"),
     "softmax-roped-after": replace(CONFIG, compress_kind="softmax", compress_positions=True, compress_rope="after"),
@@ -65,6 +66,8 @@ def test_steps_are_the_models(device, config: NSAConfig, dense: bool) -> None:
     for length, token in enumerate(ids[64:].tolist(), 64):
         step.token.fill_(token)
         step.length.fill_(length)
+        mine.length = length
+        mine.turn()
         got = step.run()
         expected = model.logits(model.advance(ids[length : length + 1], theirs, dense))[0]
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)

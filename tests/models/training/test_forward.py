@@ -11,6 +11,7 @@ from nsa_models.training.student import fresh_weights
 from nsa_models.transformer import NSAModel, parameter_shapes
 from tests.models.tiny import CONFIG, random_model
 
+CHUNKS = RopeScaling(4.0, 64, kind="dual_chunk", chunk=32)
 VARIANTS = {
     "shared": {},
     "tied": dict(tie_word_embeddings=True, qkv_bias=True, v_head_dim=4),
@@ -21,6 +22,9 @@ VARIANTS = {
     "own keys, after": dict(branch_kv=True, compress_rope="after", compress_kind="mlp"),
     "own keys, before": dict(branch_kv=True, compress_rope="before", window=0),
     "scaled": dict(rope_scaling=RopeScaling(4.0, 64), compress_rope="after"),
+    "chunks": dict(rope_scaling=CHUNKS),
+    "chunks, after": dict(rope_scaling=CHUNKS, compress_rope="after", compress_kind="linear", compress_positions=True),
+    "chunks, own keys": dict(rope_scaling=CHUNKS, branch_kv=True, compress_rope="before"),
 }
 
 
