@@ -38,7 +38,7 @@ def _frequencies(config: NSAConfig, factor: float) -> tuple[Tensor, float]:
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
     frequency = config.rope_theta**-half  # (D/2,)
     scaling = config.rope_scaling
-    if scaling is None or scaling.kind == "dual_chunk" or factor <= 1:
+    if scaling is None or factor <= 1:
         return frequency, 1.0
     if scaling.kind == "linear":
         return frequency / factor, 1.0

@@ -27,7 +27,6 @@ from tests.models import tiny
 
 CONFIG = replace(tiny.CONFIG, max_position_embeddings=8192, gate_bias=False)
 PAPER = replace(CONFIG, branch_kv=True, compress_kind="mlp", compress_positions=True, compress_rope="after")
-
 CHUNKS = replace(CONFIG, rope_scaling=RopeScaling(8.0, 128, kind="dual_chunk", chunk=64))
 
 
