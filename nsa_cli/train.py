@@ -185,12 +185,7 @@ def make_trainer(
     tokenizer = load_tokenizer(home)
     if plan.rereads and not config.reread:
         raise InputError("config: reread_share: the model answers from no passages; its config.json says reread 0")
-    longest = max(max(stage.length, stage.context) for stage in plan.curriculum)
-    if longest > config.max_position_embeddings:
-        raise InputError(
-            f"config: a stage has {longest:,} tokens, but the model is made for {config.max_position_embeddings:,}; "
-            "convert it with a longer --context"
-        )
+    check_stages(plan, config)
     trainer = Trainer(
         plan,
         Student(config, start, plan, place, dtype),
@@ -203,6 +198,21 @@ def make_trainer(
         dtype=dtype,
     )
     return trainer, lambda: write_outcome(trainer, start, home, fingerprint)
+
+
+def check_stages(plan: TrainConfig, config: "NSAConfig") -> None:
+    """Raises InputError for stages that the model is not made for."""
+    longest = max(max(stage.length, stage.context) for stage in plan.curriculum)
+    if longest > config.max_position_embeddings:
+        raise InputError(
+            f"config: a stage has {longest:,} tokens, but the model is made for {config.max_position_embeddings:,}; "
+            "convert it with a longer --context"
+        )
+    if config.position_chunk and any(stage.context for stage in plan.curriculum):
+        raise InputError(
+            "config: a stage has a context, which scales positions; the model's are in dual chunks, which nothing "
+            "scales: leave it out"
+        )
 
 
 def starting_point(plan: TrainConfig) -> tuple["NSAConfig", dict[str, "Tensor"], Path, str]:

@@ -21,7 +21,7 @@ class Stage:
     accumulate: int = 1  # passes per optimizer step
     task_share: float | None = None  # in place of the data's, as the next
     reread_share: float | None = None
-    context: int = 0  # tokens: RoPE is scaled as in a context of so many, where that is longer than the sequence
+    context: int = 0  # tokens: RoPE is scaled (YaRN) as in a context of so many, where that is longer than the sequence
 
     def shares(self, data: "Data") -> tuple[float, float]:
         """Of tasks among the sequences, and of passages among the tasks."""
