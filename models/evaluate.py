@@ -1,5 +1,6 @@
 """How well a model reads: perplexity and tasks with known answers, under NSA and what it is compared with."""
 
+import copy
 import math
 import random
 import statistics
@@ -15,9 +16,10 @@ from nsa_models.cost import keys_read
 from nsa_models.engine import decode
 from nsa_models.errors import InputError
 from nsa_models.sampling import Sampling
+from nsa_models.text import Text
 from nsa_models.tokenizer import Tokenizer
-from nsa_models.training.data import Corpus, Layout, make_task, plain_prompt
-from nsa_models.training.kinds import KINDS
+from nsa_models.training.data import Corpus, Layout, fitting, make_task, plain_prompt
+from nsa_models.training.kinds import FOUND, KINDS
 from nsa_models.training.tasks import Task, Unsuitable, held_out, is_right, short_tasks
 from nsa_models.transformer import NSAModel
 
@@ -26,6 +28,7 @@ ATTENTIONS = ("full", "nsa", *COMPARATORS)
 CHUNK = 1024  # tokens read at once
 NORMAL = 1.96  # 95 %
 SHORT_REPLY = 40  # tokens, at most, of a reply to a short question
+ASKED = 256  # tokens, at most, of a question, its answer and the template around them
 BLOCK = 64  # tokens whose mean loss is one observation: losses of neighbours depend on one another
 
 
@@ -49,13 +52,20 @@ def tokens_read(model: NSAModel, attention: str, length: int) -> int:
 
 
 class Reader:
-    """One context of up to `capacity` tokens, read under one kind of attention."""
+    """One context of up to `capacity` tokens, read under one kind of attention.
 
-    def __init__(self, model: NSAModel, attention: str, capacity: int) -> None:
+    `again`: the tokens that further prompts may begin with; they are not read again.
+    """
+
+    def __init__(self, model: NSAModel, attention: str, capacity: int, again: Sequence[int] = ()) -> None:
         self.model, self.dense = model, attention == "full"
-        self.cache = Cache.for_model(model, capacity)
+        self.cache = Cache.for_model(model, capacity + (ASKED if again else 0))  # another may be longer
         budget = tokens_read(model, attention, capacity)
         self.attention = COMPARATORS[attention](model.config, budget) if attention in COMPARATORS else None
+        self.again = list(again)
+        for _ in self.read(self.again):
+            pass
+        self.state = copy.deepcopy(self.attention)
 
     def read(self, ids: Sequence[int]) -> Iterator[Tensor]:
         """Append `ids`; yield the normed hidden states (T, H) chunk by chunk."""
@@ -64,8 +74,10 @@ class Reader:
             yield self.model.advance(piece, self.cache, self.dense, attention=self.attention)
 
     def generate(self, ids: Sequence[int], most: int, ends: Sequence[int]) -> list[int]:
-        """Read a prompt and answer it greedily with up to `most` tokens."""
-        for hidden in self.read(ids):
+        """Read a prompt, which begins with `again`, and answer it greedily with up to `most` tokens."""
+        self.cache.truncate(len(self.again))
+        self.attention = copy.deepcopy(self.state)
+        for hidden in self.read(ids[len(self.again) :]):
             last = hidden[-1:]
         if self.attention is None:  # one of the two that the engine itself computes, and faster
             logits, sampling = self.model.logits(last)[0], Sampling(max_tokens=most)
@@ -145,12 +157,17 @@ def ask_tasks(
     done: Callable[[], None] = lambda: None,
 ) -> list[Trial]:
     """What `tasks` yields, less what the text does not provide, answered from the whole text."""
-    trials = []
+    trials, tokenizer, reader = [], layout.tokenizer, None
     for task, depth in asked:
         if task is not None:
             prompt, answer = layout.asked(task)
             most = longest_reply(answer)
-            trials.append(_ask(model, layout.tokenizer, task, prompt, most, attention, depth))
+            again = prompt[: (len(prompt) - ASKED) // CHUNK * CHUNK] if len(prompt) > ASKED else []
+            capacity = len(prompt) + most
+            if reader is None or reader.again != again or reader.cache.capacity < capacity:
+                reader = None  # before there is another of its size
+                reader = Reader(model, attention, capacity, again)
+            trials.append(_ask(reader, tokenizer, task, prompt, most, depth))
         done()
     return trials
 
@@ -166,16 +183,33 @@ def tasks(
     wording: str = USUAL,
 ) -> Iterator[tuple[Task | None, float]]:
     """`samples` tasks at each depth, prompt and answer within `length` tokens, None for one that the text does not
-    provide; the same for every attention.
+    provide; the same for every attention. What stands in a text anyway is asked for in one text a sample, at all
+    depths: it need be read only once.
     """
     maker = KINDS[kind] if wording == USUAL else held_out(KINDS[kind])
-    for depth in depths:
-        for i in range(samples):
+    for i in range(samples):
+        shared = texts(layout, corpus, length, seed, i) if KINDS[kind] in FOUND else None
+        for depth in depths:
             rng = random.Random(f"{seed}/{kind}/{length}/{depth}/{i}")
             try:
-                yield make_task(rng, maker, corpus, layout, length, depth), depth
+                if shared is None:
+                    yield make_task(rng, maker, corpus, layout, length, depth), depth
+                else:
+                    task = maker(rng, shared, depth)
+                    yield (task if sum(map(len, layout.asked(task))) <= length else None), depth
             except Unsuitable:
                 yield None, depth
+
+
+def texts(layout: Layout, corpus: Corpus, length: int, seed: int, sample: int) -> list[Text]:
+    """Those that leave room for a question and its answer in `length` tokens, the same for every kind of task; none
+    where the corpus has not so many.
+    """
+    rng = random.Random(f"{seed}/{length}/{sample}")
+    try:
+        return fitting(rng, corpus, length - min(ASKED, length // 4), lambda some: (some, len(layout.context(some))))
+    except Unsuitable:
+        return []
 
 
 def longest_reply(answer: Sequence[int]) -> int:
@@ -190,13 +224,13 @@ def ask_short(
     trials = []
     for task in short_tasks():
         prompt = plain_prompt(tokenizer, task.question)
-        trials.append(_ask(model, tokenizer, task, prompt, SHORT_REPLY, attention, None))
+        reader = Reader(model, attention, len(prompt) + SHORT_REPLY)
+        trials.append(_ask(reader, tokenizer, task, prompt, SHORT_REPLY, None))
         done()
     return trials
 
 
-def _ask(model, tokenizer, task: Task, prompt: list[int], most: int, attention: str, depth: float | None) -> Trial:
-    reader = Reader(model, attention, len(prompt) + most)
+def _ask(reader: Reader, tokenizer, task: Task, prompt: list[int], most: int, depth: float | None) -> Trial:
     reply = tokenizer.decode(reader.generate(prompt, most, tokenizer.eos_ids))
     return Trial(task, len(prompt), depth, reply, is_right(task, reply))
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from nsa_cli.checkpoint import Checkpoint
+from nsa_cli.held import Held
 from nsa_cli.output import progress, warn
 
 if TYPE_CHECKING:
@@ -91,7 +93,8 @@ def measure(checkpoint: Checkpoint, plan: Plan) -> list[Row]:
     check_lengths(checkpoint, plan.lengths)
     corpus = Corpus(texts(plan.texts)) if set(plan.tasks) - {SHORT} else Corpus([])
     makers = {SHORT: short_steps, PERPLEXITY: perplexity_steps}
-    steps = [step for task in plan.tasks for step in makers.get(task, task_steps)(checkpoint, plan, corpus, task)]
+    others = partial(task_steps, held=Held())  # what two kinds of task ask about one text, they ask of one reading
+    steps = [step for task in plan.tasks for step in makers.get(task, others)(checkpoint, plan, corpus, task)]
     total, done, rows = sum(step.prompts for step in steps), 0, []
     with progress("evaluating", total, "prompts") as advance:
 
@@ -147,7 +150,7 @@ def short_steps(checkpoint: Checkpoint, plan: Plan, corpus: "Corpus", task: str)
         yield Step(task, longest + SHORT_REPLY, attention, len(questions), value)
 
 
-def task_steps(checkpoint: Checkpoint, plan: Plan, corpus: "Corpus", task: str) -> Iterator[Step]:
+def task_steps(checkpoint: Checkpoint, plan: Plan, corpus: "Corpus", task: str, held: Held) -> Iterator[Step]:
     from nsa_cli.train import layout
     from nsa_models.evaluate import ask_tasks, share, tasks
 
@@ -157,7 +160,7 @@ def task_steps(checkpoint: Checkpoint, plan: Plan, corpus: "Corpus", task: str) 
         def value(one, n=n, attention=attention):
             asked = tasks(arranged, corpus, task, n, plan.depths, plan.samples, plan.seed, plan.wording)
             if attention == ASK:
-                trials = list(ask_as_the_command(checkpoint, arranged, asked, one))
+                trials = list(ask_as_the_command(checkpoint, arranged, asked, held, one))
             else:
                 trials = ask_tasks(checkpoint.model, arranged, asked, attention, one)
             return share(trials), trials
@@ -166,9 +169,13 @@ def task_steps(checkpoint: Checkpoint, plan: Plan, corpus: "Corpus", task: str) 
 
 
 def ask_as_the_command(
-    checkpoint: Checkpoint, arranged: "Layout", asked: "Iterable[tuple[Task | None, float]]", done: Callable[[], None]
+    checkpoint: Checkpoint,
+    arranged: "Layout",
+    asked: "Iterable[tuple[Task | None, float]]",
+    held: Held,
+    done: Callable[[], None],
 ) -> "Iterator[Trial]":
-    """What `nsa ask` answers to these tasks."""
+    """What `nsa ask` answers to these tasks; the text that is held is not read again."""
     from nsa_cli.answer import answer
     from nsa_cli.context import build_context
     from nsa_cli.documents import Document
@@ -182,7 +189,7 @@ def ask_as_the_command(
         if task is not None:
             context = build_context([Document(text.path, text.text) for text in task.documents], checkpoint.tokenizer)
             most = longest_reply(arranged.asked(task)[1])
-            request = Request(Sampling(max_tokens=most), store="off")
+            request = Request(Sampling(max_tokens=most), store="off", held=held)
             reply = answer(checkpoint, context, task.question, request, silent)
             right, named = is_right(task, reply.text), are_named(task, reply.evidence)
             yield Trial(task, reply.usage.prompt_tokens, depth, reply.text, right, named)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import TypeVar
 
 from nsa_models.errors import InputError
 from nsa_models.text import Text
@@ -24,6 +25,7 @@ from nsa_models.training.tasks import PLANTED, Maker, Task, Unsuitable, practise
 SHORTEST = 64  # tokens: what is left of a batch below this stays empty
 REREAD_FROM = (32_000, 128_000)  # characters, about 8,192 to 32,768 tokens: texts that passages are taken from
 FOLLOW_UP = 64  # tokens, about, of a further question and its answer
+Made = TypeVar("Made")
 TRIES = 8  # texts: two in five hold nothing that `takes` could ask for, most nothing for `field`
 
 
@@ -185,16 +187,25 @@ def make_task(
     rng: random.Random, maker: Maker, corpus: Corpus, layout: Layout, length: int, depth: float | None = None
 ) -> Task:
     """A task whose prompt and answer take at most `length` tokens, and nearly that. Raises Unsuitable."""
+
+    def made(passage: list[Text]) -> tuple[Task, int]:
+        task = maker(rng, passage, depth)
+        return task, sum(map(len, layout.asked(task)))
+
+    return fitting(rng, corpus, length, made)
+
+
+def fitting(rng: random.Random, corpus: Corpus, length: int, make: Callable[[list[Text]], tuple[Made, int]]) -> Made:
+    """What `make` makes of a passage and says to take at most `length` tokens, and nearly that. Raises Unsuitable."""
     characters, state = 4.0 * length, rng.getstate()
     for _ in range(8):
         rng.setstate(state)  # the same passage, only shorter
         passage = corpus.passage(rng, max(int(characters), 1))
         if not passage:
             break  # so short that it is blank
-        task = maker(rng, passage, depth)
-        tokens = sum(map(len, layout.asked(task)))
+        made, tokens = make(passage)
         if tokens <= length:
-            return task
+            return made
         characters *= min(0.97 * max(length - PLANTED, 1) / tokens, 0.9)
     raise Unsuitable(f"{length} tokens hold no such task")
 

@@ -105,6 +105,30 @@ def test_ask_is_asked_as_the_command_is(nsa, text, tiny_checkpoint, tmp_path):
     assert replies[0][0] == replies[0][1] == replies[400][0] != replies[400][1]
 
 
+def test_what_stands_in_a_text_is_asked_of_one_text_a_sample(nsa, text, monkeypatch):
+    """At all depths and for every kind of task: it is read once. What is planted makes each text another."""
+    import nsa_models
+
+    lengths = []
+
+    def counted(model, ids, *args, **options):
+        lengths.append(len(ids))
+        return prefill(model, ids, *args, **options)
+
+    prefill = nsa_models.prefill
+    monkeypatch.setattr(nsa_models, "prefill", counted)
+    asked = ("eval", "--text", text, "--lengths", "900", "--attention", "ask", "--depths", "3")
+    for tasks, samples, texts in ((("takes",), 2, 2), (("takes", "defines"), 1, 1), (("needle",), 2, 6)):
+        lengths.clear()
+        run = nsa(*asked, "--samples", samples, *(part for task in tasks for part in ("--task", task)), "--json")
+        assert run.code == 0, run.err
+        row = json.loads(run.out)["results"][-1]
+        assert row["samples"] == 3 * samples
+        assert [round(t["depth"], 2) for t in row["trials"]] == [0.17, 0.5, 0.83] * samples
+        assert sum(length > 512 for length in lengths) == texts, lengths
+        assert all(600 < t["tokens"] <= 900 for t in row["trials"])
+
+
 def test_places_are_named_if_all_of_them_are():
     found = [Evidence("a.py", 3, 5, 9.0), Evidence("b.py", 1, 1, 2.0)]
     task = Task("values", (), "", "", ("7",), 0.0, (("a.py", 3), ("b.py", 1), ("a.py", 5)))
@@ -177,6 +201,21 @@ def test_replies_are_alike_where_all_is_read(tiny_checkpoint, attention):
     assert len(full) == 12 and other == full
     for name in ("full", attention):
         assert Reader(model, name, 80).generate(ids, 12, ends=full[3:4]) == full[: full.index(full[3])]
+
+
+@pytest.mark.parametrize("attention", ["full", "nsa", "h2o", "quest", "streaming"])
+def test_a_text_that_two_prompts_begin_with_is_read_once(tiny_checkpoint, attention):
+    """What was answered to the first changes nothing for the second."""
+    model = load_model(tiny_checkpoint, "cpu", torch.float32)
+    generator = torch.Generator().manual_seed(2)
+    text, *questions = (torch.randint(300, (n,), generator=generator).tolist() for n in (700, 30, 40))
+    reader = Reader(model, attention, 760, again=text)
+    assert reader.cache.length == 700
+    for question in (*questions, questions[0]):
+        fresh = Reader(model, attention, 760, again=text).generate(text + question, 12, ends=())
+        assert reader.generate(text + question, 12, ends=()) == fresh
+        whole = Reader(model, attention, 760).generate(text + question, 12, ends=())
+        assert attention == "h2o" or whole == fresh, "pieces of another length keep other heavy hitters"
 
 
 @pytest.mark.parametrize(("biases", "expected"), [((0, 0, 0), 74 + 64 + 32), ((-14, 14, -14), 64), ((-14, 14, 0), 96)])
