@@ -102,7 +102,7 @@ def path_texts(path: str) -> list:
     return [d if d.text.endswith("\n") else replace(d, text=d.text + "\n") for d in documents]
 
 
-def layout(tokenizer: "Tokenizer", config: "NSAConfig") -> "Layout":
+def layout(tokenizer: "Tokenizer", config: "NSAConfig", cited: bool = False) -> "Layout":
     """Texts become a context as those that a question is asked about, and passages as those that are read again."""
     from nsa_cli.context import build_context
     from nsa_cli.documents import Document
@@ -115,9 +115,9 @@ def layout(tokenizer: "Tokenizer", config: "NSAConfig") -> "Layout":
 
     def passages(rng: random.Random, task: "Task", room: int) -> "list[Passage]":
         found = practice_passages(rng, task, tokenizer, config, min(config.reread, room))
-        return [Passage(Text(part.path, part.text), part.ids) for part in found]
+        return [Passage(Text(part.path, part.text), part.ids, part.first_line) for part in found]
 
-    return Layout(tokenizer, context, passages)
+    return Layout(tokenizer, context, passages, cited)
 
 
 def train(path: Path, minutes: float | None, device: str | None, threads: int | None, export: bool) -> None:
@@ -189,7 +189,7 @@ def make_trainer(
     trainer = Trainer(
         plan,
         Student(config, start, plan, place, dtype),
-        Mixture(plan, texts, layout(tokenizer, config)),
+        Mixture(plan, texts, layout(tokenizer, config, plan.data.cited)),
         RunFolder(plan.out, plan.keep),
         teacher(plan, config, start, place, dtype) if plan.teacher_wanted else None,
         identity=identity(plan, fingerprint, digest(texts), tokenizer.digest, group.size),

@@ -97,6 +97,7 @@ class Data:
     reread_share: float = 0.0  # of the tasks: not the texts but the passages that `nsa ask` would read again
     follow_ups: int = 0  # after a task that is laid out so: more that its passages answer, one after another
     reworded_share: float = 0.0  # of the tasks: asked in other words than `nsa eval` uses
+    cited: bool = False  # answers end with where they are from, as `nsa` prints it: (path:line)
     held_out: tuple[str, ...] = ()  # .gitignore patterns of document paths that are never trained on
 
 

@@ -9,7 +9,7 @@ import json
 import random
 from bisect import bisect
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
@@ -35,17 +35,20 @@ class Passage:
 
     text: Text
     ids: list[int]
+    first_line: int  # of the document, from 1
 
 
 @dataclass(frozen=True)
 class Layout:
     """How texts become a context. context: documents -> ids, with headers and listing. passages: those that hold what
     the task's answer takes, among others that its question could lead to; of at most so many tokens. Raises Unsuitable.
+    cited: answers end with the places they are from, (path:line).
     """
 
     tokenizer: Tokenizer
     context: Callable[[Sequence[Text]], list[int]]
     passages: Callable[[random.Random, Task, int], list[Passage]]
+    cited: bool = False
 
     def asked(self, task: Task) -> Exchange:
         """Prompt and answer of a task; the answer ends as the model shall end it."""
@@ -66,6 +69,7 @@ class Layout:
         for maker in further:
             try:
                 more = maker(rng, [passage.text for passage in passages], None)
+                more = in_document(more, passages) if self.cited else more
             except Unsuitable:
                 continue
             exchange = self._follow_up(more)
@@ -86,8 +90,25 @@ class Layout:
         return between + around.after, self._answer(task)
 
     def _answer(self, task: Task) -> list[int]:
-        text = task.answer if self.tokenizer.has_chat_template else " " + task.answer
+        text = task.answer + (f" ({', '.join(cited(task))})" if self.cited and cited(task) else "")
+        text = text if self.tokenizer.has_chat_template else " " + text
         return self.tokenizer.encode(text) + list(self.tokenizer.eos_ids[:1])
+
+
+def cited(task: Task) -> list[str]:
+    """Where the answer's facts stand, each place once, as `nsa` prints places; that nothing is there stands nowhere."""
+    places = [] if task.kind == "absent" else task.places
+    return list(dict.fromkeys(f"{path}:{line}" for path, line in places))
+
+
+def in_document(task: Task, passages: Sequence[Passage]) -> Task:
+    """A task about passages, its places as lines of their documents. Raises Unsuitable where two are of one document: a
+    place does not say which of them it is in.
+    """
+    first = {path: [p.first_line for p in passages if p.text.path == path] for path, _ in task.places}
+    if any(len(lines) > 1 for lines in first.values()):
+        raise Unsuitable("two passages of one document")
+    return replace(task, places=tuple((path, first[path][0] + line - 1) for path, line in task.places))
 
 
 def plain_prompt(tokenizer: Tokenizer, question: str) -> list[int]:

@@ -9,6 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nsa_cli.citations import check_citations
+from nsa_cli.context import build_context
+from nsa_cli.documents import Document
 from nsa_models.errors import InputError
 from nsa_models.text import Text
 from nsa_models.training.batch import Example, pack
@@ -273,6 +276,39 @@ def test_passages_to_practise_on_hold_the_answer(layout, kind):
         assert all(fact in text for fact in task.facts)
         made += len(paths)
     assert made > 8
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("raises", "chapter")])
+def test_answers_that_cite(layout, kind):
+    """References to all that the answer takes and no more, lines of the documents, in texts and in passages alike."""
+    citing = replace(layout, cited=True)
+    for seed in range(4):
+        rng = random.Random(seed)
+        task = KINDS[kind](rng, LONG)
+        context = build_context([Document(text.path, text.text) for text in task.documents], layout.tokenizer)
+        for _, reply in (citing.asked(task), *citing.reread(rng, task, 4000)):
+            answer = layout.tokenizer.decode(reply)
+            found = [c for c in check_citations(answer, context) if c.kind == "reference"]
+            assert answer.startswith(task.answer) and all(c.status == "exists" for c in found)
+            assert {(c.path, c.start) for c in found} == (set() if kind == "absent" else set(task.places))
+            assert len(found) == answer.count(":") - task.answer.count(":")
+
+
+def test_what_is_asked_after_it_is_cited_by_the_documents_lines(layout):
+    note = "# of the sea, and of nothing else\n" * 16
+    texts = [*LONG[:1], Text("b/lamp.py", note + CODE + note), *LONG[2:]]
+    citing, lines = replace(layout, cited=True), {text.path: text.text.splitlines() for text in texts}
+    cited = 0
+    for seed in range(30):
+        rng = random.Random(seed)
+        exchanges = citing.reread(rng, KINDS["takes"](rng, texts), 4000, [KINDS["defines"], KINDS["takes"]] * 3)
+        for prompt, reply in exchanges[1:]:
+            question, answer = layout.tokenizer.decode(prompt), layout.tokenizer.decode(reply)
+            ((path, line),) = re.findall(r" \((\S+):(\d+)\)$", answer)
+            name = next(word for word in re.findall(r"\w+", answer) if word in question and word in CODE)
+            assert name in lines[path][int(line) - 1], (answer, seed)
+            cited += 1
+    assert cited > 2
 
 
 def test_passages_that_cannot_hold_an_answer(layout):
