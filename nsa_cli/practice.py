@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from nsa_cli.context import build_context
 from nsa_cli.documents import Document
 from nsa_cli.evidence import counted_tokens
-from nsa_cli.reread import around
+from nsa_cli.reread import around, cut
 from nsa_models.training.tasks import Unsuitable
 
 if TYPE_CHECKING:
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 def practice_passages(
     rng: random.Random, task: "Task", tokenizer: "Tokenizer", config: "NSAConfig", room: int
 ) -> "list[ContextFile]":
-    """Passages of at most `room` tokens, as `nsa_cli.reread` cuts them: around the task's places, and as many as fit
-    around blocks that share tokens with the question, which is what retrieval heads go by. Raises Unsuitable where
-    they would not hold what the answer takes.
+    """Passages of at most `room` tokens, as `nsa_cli.reread` cuts them, but in the order of the texts: around the
+    task's places, and as many as fit around blocks that share tokens with the question, as retrieval heads go by them.
+    Raises Unsuitable where they would not hold what the answer takes.
     """
     context = build_context([Document(text.path, text.text) for text in task.documents], tokenizer)
     size = config.evidence_block
     blocks = [(start, start + size) for start in range(0, context.tokens, size)]
     told = [blocks[token_of(context, *place) // size] for place in task.places]
-    if not holds(around(told, context, room), task):
+    if not holds(cut(context, around(told, context, room)), task):
         raise Unsuitable(f"{room} tokens do not hold the places of this {task.kind} task")
     wanted = asked_tokens(task.question, tokenizer)
     rng.shuffle(blocks)
@@ -43,7 +43,7 @@ def practice_passages(
         block: rng.uniform(least, 1) * (1 + sum(math.log(len(blocks) / having[token]) for token in tokens))
         for block, tokens in shared.items()
     }
-    return around([*told, *sorted(blocks, key=lambda block: -alike[block])], context, room)
+    return cut(context, around([*told, *sorted(blocks, key=lambda block: -alike[block])], context, room))
 
 
 def token_of(context: "Context", path: str, line: int) -> int:

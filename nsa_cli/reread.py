@@ -25,28 +25,32 @@ Span = tuple[int, int]  # tokens [start, stop) of a context
 
 
 def passages(retrieval: "RetrievalMass", context: "Context", offset: int, limit: int) -> "list[ContextFile]":
-    """Passages of at most `limit` tokens, headers included, in the order of the context: around the blocks that drew
-    most attention, as many as fit. Empty where the question leads nowhere.
+    """Passages of at most `limit` tokens, headers included, around the blocks that drew most attention, as many as fit.
+    Empty where the question leads nowhere. The best comes last, nearest to the question: which file defines a name that
+    other files of click (55,557 tokens) have too was right for 14 of 19 so, and for 9 in the order of the text.
 
     offset: tokens of the prompt before the context's first.
     """
     size = retrieval.config.evidence_block
     blocks = [block * size - offset for block, _ in significant_blocks(retrieval)]
-    return around([(start, start + size) for start in blocks], context, limit)
+    spans = around([(start, start + size) for start in blocks], context, limit)
+
+    def best(span: Span) -> int:
+        return min(rank for rank, start in enumerate(blocks) if span[0] <= max(start - BEFORE, 0) < span[1])
+
+    return cut(context, sorted(spans, key=best, reverse=True))
 
 
-def around(places: Sequence[Span], context: "Context", limit: int) -> "list[ContextFile]":
-    """The same around these spans, the first of them that fit."""
+def around(places: Sequence[Span], context: "Context", limit: int) -> list[Span]:
+    """What surrounds these places: the first of them whose passages fit `limit` tokens; in order, neighbours as one."""
     spans: list[Span] = []
-    found: list[ContextFile] = []
     for start, stop in places:
         place = max(start - BEFORE, 0), min(stop + AFTER, context.tokens)
         wider = merge([*spans, closed(place, context)])
-        more = [part for span in wider for part in cut(context, span)]
-        if sum(part.tokens for part in more) > limit:
+        if sum(part.tokens for part in cut(context, wider)) > limit:
             break
-        spans, found = wider, more
-    return found
+        spans = wider
+    return spans
 
 
 def closed(span: Span, context: "Context") -> Span:
@@ -85,23 +89,25 @@ def merge(spans: Iterable[Span]) -> list[Span]:
     return merged
 
 
-def cut(context: "Context", span: Span) -> "list[ContextFile]":
-    """A span's text, file by file: whole lines, but for those that are longer than what surrounds a block."""
+def cut(context: "Context", spans: Iterable[Span]) -> "list[ContextFile]":
+    """The spans' text, file by file: whole lines, but for those that are longer than what surrounds a block."""
+    within = ((file, span) for span in spans for file in context.files if span[0] < file.stop and file.start < span[1])
+    return [part for file, span in within if (part := cut_file(context, file, span))]
+
+
+def cut_file(context: "Context", file: "ContextFile", span: Span) -> "ContextFile | None":
+    """What a span has of a file; None if that is its header alone."""
     from nsa_cli.context import encode
 
-    parts = []
-    for file in context.files:
-        body = file.start + len(file.header)
-        first, last = (min(max(at - body, 0), len(file.body)) for at in span)
-        if max(span[0], file.start) >= min(span[1], file.stop):
-            continue
-        start, stop = file.offsets[first], file.offsets[last]
-        if first:
-            line = file.text.find("\n", max(start - 1, 0), file.offsets[min(first + BEFORE, last)])
-            start = line + 1 if line >= 0 else start
-        if last < len(file.body):
-            line = file.text.rfind("\n", file.offsets[max(last - AFTER, first)], stop)
-            stop = line + 1 if line >= 0 else stop
-        if start < stop:
-            parts.append(encode(file.document, context.tokenizer, file.text[start:stop], file.line_at(start)))
-    return parts
+    body = file.start + len(file.header)
+    first, last = (min(max(at - body, 0), len(file.body)) for at in span)
+    start, stop = file.offsets[first], file.offsets[last]
+    if first:
+        line = file.text.find("\n", max(start - 1, 0), file.offsets[min(first + BEFORE, last)])
+        start = line + 1 if line >= 0 else start
+    if last < len(file.body):
+        line = file.text.rfind("\n", file.offsets[max(last - AFTER, first)], stop)
+        stop = line + 1 if line >= 0 else stop
+    if start >= stop:
+        return None
+    return encode(file.document, context.tokenizer, file.text[start:stop], file.line_at(start))
