@@ -5,7 +5,7 @@ Only what occurs once is asked for, so that the answer is exact. Nothing is pars
 
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -175,6 +175,7 @@ _PURPOSE = re.compile(  # a sentence that tells what to do
     r"Remove|Rename|Render|Replace|Reset|Resolve|Return|Run|Save|Search|Send|Serialize|Set|Show|Skip|Sort|Split|Start|"
     r"Stop|Store|Test|Unregister|Update|Validate|Verify|Wait|Walk|Wrap|Write|Yield) [^?]+$"
 )
+_ASSIGNED = re.compile(r"^(\w+)(?:: [^\n=]+)? = ", re.M)  # by the module itself
 _WORD = re.compile(r"\w+")
 _RAISE = re.compile(r"^[ \t]+raise ([A-Z]\w*)", re.M)
 _HEADING_WORDS = "CHAPTER|ACT|SCENE|BOOK|PART|LETTER|CANTO|Chapter|Act|Scene|Book|Part|Letter|Canto"
@@ -189,14 +190,21 @@ _ENTRY = re.compile(r"^[ \t]*([A-Z][\w ,/()-]{2,70}):[ \t]+(\w(?:[^\n]{0,78}[\w)
 
 
 def definitions(documents: Sequence[Text]) -> list[Definition]:
-    """Those with a name of four letters or more that is no special method's."""
+    """Those with a name of four letters or more that is no special method's, and that no other text assigns: of psutil
+    both `_pslinux.py` (def) and `_pswindows.py` (= cext.disk_io_counters) define `disk_io_counters`.
+    """
     every = [(match, text) for text in documents for match in _DEFINITION.finditer(text.text)]
     times = Counter(match[3] for match, _ in every)
+    assigned = defaultdict(set)
+    for text in documents:
+        for match in _ASSIGNED.finditer(text.text):
+            assigned[match[1]].add(text.path)
     files = Counter(word for text in documents for word in set(_WORD.findall(text.text)))
     return [
-        _definition(match, text, files[match[3]])
+        _definition(match, text, files[name])
         for match, text in every
-        if times[match[3]] == 1 and not match[3].startswith("__") and len(match[3]) >= 4
+        if times[name := match[3]] == 1 and not name.startswith("__") and len(name) >= 4
+        if assigned[name] <= {text.path}
     ]
 
 

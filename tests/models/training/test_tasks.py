@@ -130,6 +130,14 @@ def test_definitions_are_those_that_occur_once():
             KINDS[kind](random.Random(0), DOCUMENTS[:1], None)
 
 
+def test_a_name_that_another_text_assigns_is_not_asked_for():
+    code = "{0} = None\n\ndef {0}(pid):\n    return pid\n"
+    here, assigns = Text("a.py", code.format("pid_map")), Text("b.py", "pid_map: dict[int, int] = cext.pid_map\n")
+    uses = Text("c.py", "def use(pid):\n    pid_map = pid\n    return call(\n        pid_map=pid_map,\n    )\n")
+    assert [found.name for found in definitions([here, uses])] == ["pid_map"]
+    assert definitions([here, assigns]) == definitions([assigns, here]) == []
+
+
 def test_a_signature_of_several_lines():
     code = """def spread(
     self,
