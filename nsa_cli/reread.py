@@ -32,13 +32,18 @@ def passages(retrieval: "RetrievalMass", context: "Context", offset: int, limit:
     offset: tokens of the prompt before the context's first.
     """
     size = retrieval.config.evidence_block
-    blocks = [block * size - offset for block, _ in significant_blocks(retrieval)]
-    spans = around([(start, start + size) for start in blocks], context, limit)
+    starts = [block * size - offset for block, _ in significant_blocks(retrieval)]
+    blocks = [(start, start + size) for start in starts]
+    return cut(context, best_last(around(blocks, context, limit), blocks))
+
+
+def best_last(spans: Iterable[Span], blocks: Sequence[Span]) -> list[Span]:
+    """The spans by the best block around which each is; blocks: the best first."""
 
     def best(span: Span) -> int:
-        return min(rank for rank, start in enumerate(blocks) if span[0] <= max(start - BEFORE, 0) < span[1])
+        return min(rank for rank, block in enumerate(blocks) if span[0] <= max(block[0] - BEFORE, 0) < span[1])
 
-    return cut(context, sorted(spans, key=best, reverse=True))
+    return sorted(spans, key=best, reverse=True)
 
 
 def around(places: Sequence[Span], context: "Context", limit: int) -> list[Span]:

@@ -64,6 +64,7 @@ class Layout:
             return [self.asked(task)]
         room = length - sum(map(len, self._asked(task, []))) - FOLLOW_UP * len(further)
         passages = self.passages(rng, task, room)
+        task = replace(task, answer=task.told([passage.text for passage in passages])) if task.told else task
         exchanges = [self._asked(task, [i for passage in passages for i in passage.ids])]
         told, room = {(task.kind, task.answer)}, length - sum(map(len, exchanges[0]))
         for maker in further:
@@ -147,6 +148,16 @@ class Corpus:
         return passage
 
 
+def from_root(documents: Sequence[Text]) -> Sequence[Text]:
+    """The same, with paths from the folder that all of them are in, as a repository's files are named in it: all of
+    a source's begin with its name.
+    """
+    folders = {document.path.partition("/")[0] if "/" in document.path else "" for document in documents}
+    if len(folders) > 1 or "" in folders:
+        return documents
+    return [replace(document, path=document.path.partition("/")[2]) for document in documents]
+
+
 class Mixture:
     """Batches from corpora and tasks. Calling it with (step, index) gives the index's batch, always the same."""
 
@@ -189,7 +200,8 @@ class Mixture:
         maker = self.maker(kind)
         if not reread:
             return Example.of([self.layout.asked(make_task(rng, maker, corpus, self.layout, length))])
-        task = maker(rng, corpus.passage(rng, rng.randint(*REREAD_FROM)), None)
+        documents = corpus.passage(rng, rng.randint(*REREAD_FROM))
+        task = maker(rng, from_root(documents) if rng.random() < 0.5 else documents, None)
         return Example.of(self.layout.reread(rng, task, length, self.follow_ups(rng)))
 
     def maker(self, kind: str) -> Maker:

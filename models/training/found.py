@@ -31,8 +31,13 @@ class Find:
 
 def defines(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
     """Which file defines a function or class that the texts define once."""
-    finds = (d.ask(wordings.DEFINES, f"{d.text.path} defines {d.name}.", d.text.path) for d in definitions(documents))
-    return _chosen("defines", rng, documents, finds, depth)
+    return _chosen("defines", rng, documents, [d.which_file() for d in definitions(documents)], depth)
+
+
+def mentioned(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
+    """Which file defines a function or class that other files of the texts mention, and none of them defines."""
+    finds = [d.which_file() for d in definitions(documents) if d.files > 1]
+    return _chosen("mentioned", rng, documents, finds, depth)
 
 
 def takes(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:
@@ -158,6 +163,9 @@ class Definition:
         five were told wrong. Asked of all names alike, 12 of 104 were in another file too.
         """
         return min(self.files, MOST_FILES) ** 2
+
+    def which_file(self) -> Find:
+        return self.ask(wordings.DEFINES, f"{self.text.path} defines {self.name}.", self.text.path)
 
     def ask(self, asked: Wordings, answer: str, *facts: str) -> Find:
         kind = "function" if self.is_function else "class"

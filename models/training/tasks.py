@@ -8,7 +8,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 
@@ -24,7 +24,7 @@ PLANTED = 40  # tokens, at most, of one planted line
 class Task:
     """A question about documents. An answer is right if it holds every fact; `depth`: where the first fact stands,
     0 = at the beginning, 1 = at the end; `places`: path and line of all that the answer takes, the first fact's first;
-    `wordings`: of the question.
+    `wordings`: of the question; `told`: the answer in the order in which texts say its facts, where it has that order.
     """
 
     kind: str
@@ -35,6 +35,7 @@ class Task:
     depth: float
     places: tuple[tuple[str, int], ...]
     wordings: Wordings | None = None
+    told: Callable[[Sequence[Text]], str] | None = field(default=None, compare=False, repr=False)
 
     @property
     def place(self) -> str:
@@ -88,9 +89,13 @@ def values(rng: random.Random, documents: Sequence[Text], depth: float | None = 
     (name,), numbers = _names(rng, 1), _numbers(rng, 4)
     lines = [_magic(name, number) for number in numbers]
     task = _planted("values", rng, documents, lines, depth, wordings.VALUES.filled(name=name), "", tuple(numbers))
-    whole = "".join(text.text for text in task.documents)
-    in_order = sorted(numbers, key=lambda number: whole.index(_magic(name, number)))  # one right answer, not 24
-    return replace(task, answer=f"The magic numbers of {name} are {', '.join(in_order)}.")
+
+    def told(texts: Sequence[Text]) -> str:
+        whole = "".join(text.text for text in texts)
+        in_order = sorted(numbers, key=lambda number: whole.index(_magic(name, number)))  # one right answer, not 24
+        return f"The magic numbers of {name} are {', '.join(in_order)}."
+
+    return replace(task, answer=told(task.documents), told=told)
 
 
 def queries(rng: random.Random, documents: Sequence[Text], depth: float | None = None) -> Task:

@@ -77,16 +77,17 @@ TASKS = ("perplexity", *KINDS, "short")
 def command(checkpoint: Checkpoint, as_json: bool, heat_map: Path | None, depths: int, **settings) -> None:
     """Measure how well a model reads.
 
-    Perplexity is that of the same tokens at every length, with more and more text before them: the last of windows of
-    the longest length, as many as the shortest length has. A task is a question about the text whose answer is known:
-    needle (one planted number), keys, values, queries (several), variables (a chain of them), absent (nothing to find);
-    defines, takes, returns, raises (Python functions), summary (the sentence that sums up), usage (the function that
-    does it), chapter (the heading above a line), field (an entry). What is planted makes each text another; the others
-    ask at all depths of one text a sample, which is read once. short is fifty questions about no text. An answer is
-    right if it holds every fact. In brackets stands the 95 % confidence interval. h2o, quest and streaming attend to as
-    many tokens a step as NSA does in the branches that its gates let through (read per step; what is read only to
-    choose is not counted). ask answers as nsa ask does: NSA, and then the passages that the question leads to once more
-    (--reread there); named is the share whose places were all among the five that it names.
+    Perplexity is that of the same tokens at every length, with more and more text before them: the last of windows
+    of the longest length, as many as the shortest length has. A task is a question about the text whose answer is
+    known: needle (one planted number), keys, values, queries (several), variables (a chain of them), absent
+    (nothing to find); defines, takes, returns, raises (Python functions), mentioned (defines, of names that other
+    files have too), summary (the sentence that sums up), usage (the function that does it), chapter (the heading
+    above a line), field (an entry). What is planted makes each text another; the others ask at all depths of one
+    text a sample, which is read once. short is fifty questions about no text. An answer is right if it holds every
+    fact. In brackets stands the 95 % confidence interval. h2o, quest and streaming attend to as many tokens a step
+    as NSA does in the branches that its gates let through (read per step; what is read only to choose is not
+    counted). ask answers as nsa ask does: NSA, and then the passages that the question leads to once more (--reread
+    there); named is the share whose places were all among the five that it names.
 
     \b
     Examples:
