@@ -157,6 +157,7 @@ def test_a_delta_is_what_changed(run_folder, tiny_checkpoint, nsa):
         ("plain", 4, [288]),
         ("signatures", 4, [288, 1024, 288]),
         ("mentions", 4, [288, 1024, 288, 1024, 288]),
+        ("ranked", 4, [288]),
     ],
 )
 def test_the_shipped_deltas_in_slices(name, shorter, lengths, run_folder, tiny_checkpoint, nsa):
