@@ -13,6 +13,7 @@ POSITIVE = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "num_kv_heads", "head_dim", "v_head_dim"),
     *("intermediate_size", "max_position_embeddings", "rope_theta", "norm_eps"),
 )
+HEADS = ("retrieval_heads", "reread_heads")
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class NSAConfig:
     retrieval_heads: tuple[tuple[int, int], ...] = ()  # (layer, query head) that evidence comes from; none = all
     retrieval_block: int = 0  # tokens of a place that evidence names; 0 = select_block
     reread: int = 0  # tokens of the passages that a question leads to and that answer it; 0 = the whole text does
+    reread_heads: tuple[tuple[int, int], ...] = ()  # those that rank the passages as they read them; none = no others
 
     variant: Variant = field(init=False, repr=False, compare=False)
 
@@ -109,7 +111,8 @@ class NSAConfig:
         if not isinstance(ends, (list, tuple)) or not all(_is(int, i) and i >= 0 for i in ends):
             raise ModelError(f"config: eos_token_ids must be a list of token ids, got {ends!r}")
         set_(self, "eos_token_ids", tuple(ends))
-        set_(self, "retrieval_heads", self._heads(self.retrieval_heads))
+        for name in HEADS:
+            set_(self, name, self._heads(name))
         _check_types(self)
         for name in POSITIVE:
             if getattr(self, name) <= 0:
@@ -148,14 +151,14 @@ class NSAConfig:
                 "learned compression needs compress_rope after or none"
             )
 
-    def _heads(self, heads: object) -> tuple[tuple[int, int], ...]:
-        """retrieval_heads as pairs that exist."""
-        limits = (self.num_hidden_layers, self.num_heads)
+    def _heads(self, name: str) -> tuple[tuple[int, int], ...]:
+        """The key's heads as pairs that exist."""
+        heads, limits = getattr(self, name), (self.num_hidden_layers, self.num_heads)
         pairs = heads if isinstance(heads, (list, tuple)) else [heads]
         for pair in pairs:
             if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(map(_below, pair, limits)):
                 raise ModelError(
-                    f"config: retrieval_heads must be a list of [layer, query head], below {list(limits)}: {pair!r}"
+                    f"config: {name} must be a list of [layer, query head], below {list(limits)}: {pair!r}"
                 )
         return tuple(map(tuple, pairs))
 
@@ -213,7 +216,7 @@ def _check_types(values: NSAConfig | RopeScaling, where: str = "") -> None:
     for f in fields(values):
         value = getattr(values, f.name, None)
         kinds = getattr(f.type, "__args__", (f.type,))  # of a union
-        if f.name in ("variant", "eos_token_ids", "retrieval_heads") or (value is None and type(None) in kinds):
+        if f.name in ("variant", "eos_token_ids", *HEADS) or (value is None and type(None) in kinds):
             continue
         if not _is(kinds[0], value):
             raise ModelError(f"config: {where}{f.name} must be {_KINDS[kinds[0]]}, got {value!r}")

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from nsa_cli.checkpoint import Checkpoint
@@ -12,7 +12,7 @@ from nsa_cli.evidence import counted_tokens, find_evidence, significant_blocks
 from nsa_cli.output import VERBOSE, progress, say, silent, warn
 from nsa_cli.reply import Answer, Timings, Usage
 from nsa_cli.request import Request
-from nsa_cli.reread import passages
+from nsa_cli.reread import by_mass, passages
 from nsa_cli.settings import cache_dir
 from nsa_cli.speed import remember
 from nsa_cli.stop_strings import StopStrings
@@ -21,9 +21,9 @@ from nsa_models.errors import BudgetError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nsa_cli.context import Context
+    from nsa_cli.context import Context, ContextFile
     from nsa_cli.schema import Schema
-    from nsa_models import Cache
+    from nsa_models import Cache, NSAConfig
     from nsa_models.retrieval import RetrievalMass
     from nsa_models.tokenizer import Prompt
 
@@ -101,10 +101,9 @@ class Conversation:
         self._check_room(prompt_tokens, request.sampling.max_tokens)
         try:
             logits, retrieval = read_question(checkpoint, rest, around, cache)
-            again = self._passages(question, retrieval)
-            closer = cache
-            if again:
-                closer, logits = read_again(checkpoint, again, request.sampling.max_tokens)
+            closer, again = cache, 0
+            if found := self._passages(retrieval):
+                closer, logits, again = self._read_again(found, question)
         except KeyboardInterrupt:
             cache.truncate(known)
             raise
@@ -116,7 +115,7 @@ class Conversation:
         reply = Answer(
             text,
             find_evidence(retrieval, self.context, self.before, request.evidence),
-            Usage(prompt_tokens, reused, len(ids), len(again)),
+            Usage(prompt_tokens, reused, len(ids), again),
             Timings(
                 self.loaded - self.clock, prefilled - self.loaded, time.perf_counter() - prefilled, first - self.clock
             ),
@@ -129,16 +128,32 @@ class Conversation:
         self.stored, self.clock, self.loaded = None, time.perf_counter(), time.perf_counter()
         return reply
 
-    def _passages(self, question: str, retrieval: "RetrievalMass") -> list[int]:
-        """The prompt of a second reading, with the conversation until now; empty where the whole text is to answer."""
+    def _passages(self, retrieval: "RetrievalMass") -> "list[ContextFile]":
+        """What is to be read again; nothing where the whole text is to answer."""
         limit = self.checkpoint.config.reread if self.request.reread is None else self.request.reread
         if not limit or self.context.tokens <= limit:
             return []
         found = passages(retrieval, self.context, self.before, limit)
-        if not found:
-            if significant_blocks(retrieval):
-                warn(f"--reread {limit} holds no passage: the answer comes from all of the text")
-            return []
+        if not found and significant_blocks(retrieval):
+            warn(f"--reread {limit} holds no passage: the answer comes from all of the text")
+        return found
+
+    def _read_again(self, found: "list[ContextFile]", question: str) -> "tuple[Cache, Tensor, int]":
+        """Read the passages with the conversation until now: a cache that holds them, the logits that follow and the
+        tokens that were read. Read by themselves they rank otherwise than in the whole text: then they are read a
+        second time, in that order.
+        """
+        longest = self.request.sampling.max_tokens
+        ids, around = self._prompt_of(found, question)
+        cache, logits, mass = read_again(self.checkpoint, ids, around, longest)
+        ranked = found if mass is None else by_mass(found, mass, self.before)
+        if ranked == found:
+            return cache, logits, len(ids)
+        cache, logits, _ = read_again(self.checkpoint, *self._prompt_of(ranked, question), longest)
+        return cache, logits, 2 * len(ids)
+
+    def _prompt_of(self, found: "list[ContextFile]", question: str) -> "tuple[list[int], Prompt]":
+        """The passages, the turns until now and the question, and the question in it."""
         tokenizer, system = self.checkpoint.tokenizer, self.request.system
         first, *later = (self.request.wording(asked) for asked in (*(turn.question for turn in self.turns), question))
         around = tokenizer.prompt(first, system)
@@ -146,7 +161,7 @@ class Conversation:
         for turn, asked in zip(self.turns, later, strict=True):
             around = tokenizer.follow_up(asked, system)
             ids += turn.ids + around.before + around.after
-        return ids
+        return ids, around
 
 
 def _data(text: str, tokens: int, reason: str, schema: "Schema", tell: Callable[[str], None]) -> object:
@@ -196,9 +211,11 @@ def read(
     return cache, stored
 
 
-def read_question(checkpoint: Checkpoint, rest: Sequence[int], around: "Prompt", cache: "Cache"):
+def read_question(
+    checkpoint: Checkpoint, rest: Sequence[int], around: "Prompt", cache: "Cache", looks: "NSAConfig | None" = None
+) -> "tuple[Tensor, RetrievalMass]":
     """Read `rest`, which ends in the question and what follows it. Returns the logits that follow, and where the
-    question's own words lead.
+    question's own words lead. looks: whose heads and blocks these are; None = the checkpoint's.
     """
     from nsa_models import prefill
     from nsa_models.retrieval import RetrievalMass
@@ -209,17 +226,26 @@ def read_question(checkpoint: Checkpoint, rest: Sequence[int], around: "Prompt",
     text = checkpoint.tokenizer.decode(around.question)
     ids, starts = checkpoint.tokenizer.encode_with_offsets(text)
     counted = counted_tokens(text, starts) if ids == around.question else None  # bytes of no character have no word
-    retrieval = RetrievalMass(checkpoint.config, cache.length, counted)
+    retrieval = RetrievalMass(looks or checkpoint.config, cache.length, counted)
     prefill(model, around.question, cache, retrieval=retrieval)
     return prefill(model, around.close, cache), retrieval
 
 
-def read_again(checkpoint: Checkpoint, ids: list[int], longest: int) -> tuple["Cache", "Tensor"]:
-    """A cache of its own for this prompt and an answer of up to `longest` tokens, and the logits that follow."""
+def read_again(
+    checkpoint: Checkpoint, ids: Sequence[int], around: "Prompt", longest: int
+) -> "tuple[Cache, Tensor, Tensor | None]":
+    """A cache of its own for this prompt, which ends in a question, and an answer of up to `longest` tokens; the logits
+    that follow; and the mass that the question's own words give each token, if the config has `reread_heads`.
+    """
     from nsa_models import Cache, prefill
 
-    cache = Cache.for_model(checkpoint.model, len(ids) + longest)
-    return cache, prefill(checkpoint.model, ids, cache)
+    model, config = checkpoint.model, checkpoint.config
+    cache = Cache.for_model(model, len(ids) + longest)
+    if not config.reread_heads:
+        return cache, prefill(model, ids, cache), None
+    to_tokens = replace(config, retrieval_heads=config.reread_heads, retrieval_block=1)
+    logits, retrieval = read_question(checkpoint, ids, around, cache, to_tokens)
+    return cache, logits, retrieval.mass.sum(0)
 
 
 def generate(checkpoint, cache, logits, request: Request, tell: Callable) -> tuple[str, list[int], str, float]:

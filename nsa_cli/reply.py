@@ -19,7 +19,7 @@ class Usage:
     prompt_tokens: int
     cached_tokens: int  # of the prompt, from the store
     completion_tokens: int
-    reread_tokens: int = 0  # of a second prompt, with the passages that the question leads to
+    reread_tokens: int = 0  # of prompts with the passages that the question leads to, one or, in a better order, two
 
 
 @dataclass(frozen=True)

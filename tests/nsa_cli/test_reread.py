@@ -4,10 +4,20 @@ import json
 import shutil
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsa_cli.reread import AFTER, BEFORE, CLOSE, around, closing_bracket, cut, merge, passages
+from nsa_cli.answer import answer
+from nsa_cli.checkpoint import Checkpoint
+from nsa_cli.context import build_context
+from nsa_cli.documents import Document
+from nsa_cli.evidence import counted_tokens
+from nsa_cli.output import silent
+from nsa_cli.request import Request
+from nsa_cli.reread import AFTER, BEFORE, CLOSE, around, by_mass, closing_bracket, cut, merge, passages
+from nsa_models import Cache, decode, prefill
+from nsa_models.sampling import Sampling
 from tests.nsa_cli.test_evidence import BLOCK, LINES, context_of, mass_of
 
 HEADER = len("=== a.txt ===\n")
@@ -95,6 +105,22 @@ def test_passages_hold_their_blocks_and_are_of_the_text(texts, drawn, limit, off
     assert len(set(spans)) == len(spans)
 
 
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=3), st.integers(0, 5))
+def test_passages_by_the_mass_of_their_tokens(drawn, offset):
+    """The most last; those that drew as much stay as they are. What stands before and behind them counts for none."""
+    parts = context_of("x" * 20, "y" * 40, "z" * 30).files[: len(drawn)]
+    mass = torch.full((offset + sum(part.tokens for part in parts) + 7,), 9.0)
+    at = offset
+    for part, here in zip(parts, drawn, strict=True):
+        mass[at : at + part.tokens] = 0
+        mass[at + here] = here  # one token of each draws it all
+        at += part.tokens
+    found = by_mass(parts, mass, offset)
+    assert [part.path for part in found] == [
+        part.path for _, part in sorted(zip(drawn, parts, strict=True), key=lambda pair: pair[0])
+    ]
+
+
 def test_spans_that_touch_are_one():
     assert merge([(5, 9), (0, 2), (9, 12), (3, 3), (6, 7)]) == [(0, 2), (5, 12)]
 
@@ -158,7 +184,7 @@ def test_a_conversation_goes_on_from_its_passages(nsa, book, tiny_checkpoint, mo
     prompts: list[list[int]] = []
     read_again = conversation.read_again
     monkeypatch.setattr(
-        conversation, "read_again", lambda c, ids, most: prompts.append(ids) or read_again(c, ids, most)
+        conversation, "read_again", lambda c, ids, *args: prompts.append(ids) or read_again(c, ids, *args)
     )
     run = nsa("chat", book, "--reread", 400, "--max-tokens", 5, "--json", stdin="zebra quagga?\nand quagga?\n")
     assert run.code == 0, run.err
@@ -167,3 +193,40 @@ def test_a_conversation_goes_on_from_its_passages(nsa, book, tiny_checkpoint, mo
     text = load_tokenizer(tiny_checkpoint).decode(prompts[1])
     places = [text.find(part) for part in ("it was on", "zebra quagga?", first["answer"], "and quagga?")]
     assert places == sorted(places) and places[0] > 0
+
+
+def test_passages_are_read_in_the_order_that_their_reading_gives(book, tiny_checkpoint, tmp_path, monkeypatch):
+    """Read once where the heads agree with the whole text's, else once more, and the answer is that of the last."""
+    from nsa_cli import conversation as module
+
+    made = shutil.copytree(tiny_checkpoint, tmp_path / "made")
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(config | {"reread_heads": [[1, 1]]}))
+    checkpoint = Checkpoint(str(made))
+    lines = book.read_text().splitlines(keepends=True)
+    lines[40] = "quagga and a zebra\n"
+    context = build_context([Document("book.txt", "".join(lines))], checkpoint.tokenizer)
+    request = Request(Sampling(max_tokens=5), store="off", reread=500)
+    prompts: list[list[int]] = []
+    read_again = module.read_again
+
+    def reading(checkpoint, ids, around, longest):
+        cache, logits, mass = read_again(checkpoint, ids, around, longest)
+        counted = sum(counted_tokens("zebra quagga?", checkpoint.tokenizer.encode_with_offsets("zebra quagga?")[1]))
+        assert mass.shape == (len(ids) - len(around.after),) and mass[0] == 0 < mass.sum() < counted + 1e-6
+        prompts.append(ids)
+        return cache, logits, mass
+
+    monkeypatch.setattr(module, "read_again", reading)
+    answers = []
+    for order in (lambda parts, *_: list(parts), lambda parts, *_: parts[::-1]):
+        monkeypatch.setattr(module, "by_mass", order)
+        answers.append(answer(checkpoint, context, "zebra quagga?", request, silent))
+    one, two, three = prompts
+    assert one == two != three and sorted(two) == sorted(three)
+    assert [reply.usage.reread_tokens for reply in answers] == [len(one), 2 * len(one)]
+    model, text = checkpoint.model, checkpoint.tokenizer
+    for prompt, reply in ((one, answers[0]), (three, answers[1])):
+        cache = Cache.for_model(model, len(prompt) + 5)
+        ids = list(decode(model, cache, prefill(model, prompt, cache), request.sampling, eos_ids=text.eos_ids))
+        assert reply.text == text.decode(ids).lstrip()
