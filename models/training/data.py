@@ -7,11 +7,9 @@ the question last. The layout itself is handed in, so that there is one in the p
 import hashlib
 import json
 import random
-import re
 from bisect import bisect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
@@ -160,30 +158,6 @@ def from_root(documents: Sequence[Text]) -> Sequence[Text]:
     return [replace(document, path=document.path.partition("/")[2]) for document in documents]
 
 
-def renamed(rng: random.Random, documents: Sequence[Text]) -> list[Text]:
-    """The same under made-up paths of words that they have: a path is to be read, not known from before or guessed from
-    what the file defines. (`psutil/_psposix.py` was answered as psutil/_waitpid.py, which defines _waitpid.)
-    """
-    words = sorted(
-        {word for document in documents for word in re.findall(r"(?<![a-zA-Z])[a-z]{3,12}(?![a-zA-Z])", document.text)}
-    ) or ["text"]
-    names: dict[str, str] = {}  # what stands in several paths is called the same in all
-
-    def name(part: str) -> str:
-        stem, dot, kind = part.partition(".")
-        if stem != "__init__" and part not in names:
-            stem = "_".join(rng.choices(words, k=rng.choice((1, 1, 2))))
-            names[part] = rng.choice(("", "", "_")) + stem + dot + kind
-        return names.get(part, part)
-
-    made: dict[str, Text] = {}
-    for document in documents:
-        path = "/".join(map(name, document.path.split("/")))
-        path = path if path not in made else f"{len(made)}/{path}"
-        made[path] = replace(document, path=path)
-    return list(made.values())
-
-
 class Mixture:
     """Batches from corpora and tasks. Calling it with (step, index) gives the index's batch, always the same."""
 
@@ -227,8 +201,7 @@ class Mixture:
         if not reread:
             return Example.of([self.layout.asked(make_task(rng, maker, corpus, self.layout, length))])
         documents = corpus.passage(rng, rng.randint(*REREAD_FROM))
-        shown = rng.choices((list, from_root, partial(renamed, rng)), (1, 1, 2))[0]
-        task = maker(rng, shown(documents), None)
+        task = maker(rng, from_root(documents) if rng.random() < 0.5 else documents, None)
         return Example.of(self.layout.reread(rng, task, length, self.follow_ups(rng)))
 
     def maker(self, kind: str) -> Maker:

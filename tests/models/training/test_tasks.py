@@ -16,7 +16,7 @@ from nsa_models.errors import InputError
 from nsa_models.text import Text
 from nsa_models.training.batch import Example, pack
 from nsa_models.training.config import Data, Stage, TrainConfig
-from nsa_models.training.data import Corpus, Layout, Mixture, from_root, make_task, read_corpus, renamed
+from nsa_models.training.data import Corpus, Layout, Mixture, from_root, make_task, read_corpus
 from nsa_models.training.found import definitions
 from nsa_models.training.kinds import KINDS, PRACTISED
 from nsa_models.training.tasks import ABSENT, Task, Unsuitable, held_out, is_right, practised, short_tasks
@@ -350,20 +350,6 @@ def test_paths_from_the_root_of_a_repository():
     assert from_root(texts) == [Text("a/b.py", "1"), Text("c.py", "2")]
     for other in (Text("a.py", "3"), Text("cord/c.py", "3")):
         assert from_root([*texts, other]) == [*texts, other]
-
-
-@given(st.integers(0, 10**6))
-def test_made_up_paths_are_of_the_words_of_the_texts_and_a_folder_stays_one(seed):
-    bodies = ["def waitpid(): ...\n", "import nothing\n", "a b c\n", "x\n"]
-    names = ("p/a.py", "p/__init__.py", "p/q.py", "c.md")
-    texts = [Text(path, body) for path, body in zip(names, bodies, strict=True)]
-    found = renamed(random.Random(seed), texts)
-    paths = [text.path for text in found]
-    assert [text.text for text in found] == bodies and len(set(paths)) == 4
-    assert set(re.findall(r"[a-z]{3,}", " ".join(paths))) <= {"def", "waitpid", "import", "nothing", "init"}
-    assert [path.rpartition(".")[2] for path in paths] == ["py", "py", "py", "md"] and "__init__.py" in paths[1]
-    assert paths[0].split("/")[-2] == paths[1].split("/")[-2] == paths[2].split("/")[-2]
-    assert renamed(random.Random(seed), [Text("a.md", "1\n")])[0].path != "a.md"
 
 
 def test_a_share_of_the_tasks_is_reread(layout):
