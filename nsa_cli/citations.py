@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
 from functools import cache
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ REPAIRED = 0.8  # share of a quote's words that stand in the text in their order
 MIN_WORDS = 3  # fewer in quotation marks are a name or a word in doubt, not a quote
 QUOTE = re.compile(r'"([^"\n]+(?:\n[^"\n]+){0,3})"|“([^“”]+)”|«([^«»]+)»|^> ?(.+(?:\n> ?.+)*)', re.MULTILINE)
 REFERENCE = re.compile(r"(?<![\w./:-])([\w./-]*[\w-]\.[A-Za-z]\w*):(\d{1,9})(?:-(\d{1,9}))?(?![\w:])")
+# A path that names no line: with a folder, for `a.b` may as well be code.
+FILE = re.compile(r"(?<![\w./:-])(?:[\w.-]+/)+[\w.-]*[\w-]\.[A-Za-z]\w*(?![\w/-]|:\d|\.\w)")
 EDGES = " .,;:!?…\"'"
 # Spellings that differ between typesetters, not between texts.
 ALIKE = (("['’‘`]", "['’‘`]"), ('["“”„«»]', '["“”„«»]'), ("[-‐‑–—]+", "[-‐‑–—]+"))
@@ -55,10 +58,17 @@ class Citation:
 
 
 def check_citations(answer: str, context: "Context") -> list[Citation]:
-    """Every quote and path:line reference of the answer, in its order, looked up in the context."""
+    """Every quote and path:line reference of the answer, in its order, looked up in the context; and the paths that no
+    file of the context has.
+    """
     words = cache(lambda index: _words(context.files[index].text))
     found = [(at, _look_up_quote(text, context, words)) for at, text in _quotes(answer)]
     found += [(match.start(), _look_up_reference(match, context)) for match in REFERENCE.finditer(answer)]
+    found += [
+        (match.start(), Citation("reference", match[0], "missing"))
+        for match in FILE.finditer(answer)
+        if not _is_known(match[0].removeprefix("./"), context)
+    ]
     return [citation for _, citation in sorted(found, key=lambda item: item[0])]
 
 
@@ -143,6 +153,17 @@ def _look_up_reference(match: re.Match, context: "Context") -> Citation:
         if first <= start <= end <= last:
             return Citation("reference", match[0], "exists", file.path, start, end, context.cite(file.path, start, end))
     return Citation("reference", match[0], "missing")
+
+
+def _is_known(path: str, context: "Context") -> bool:
+    """Whether there is such a file, from whatever folder on, or the text names one. Of a kind that the context has none
+    of, anything may be meant: `and/or.both`.
+    """
+    paths = {f"/{file.path}" for file in (*context.documents, *context.files)}
+    if not any(known.endswith(PurePosixPath(path).suffix) for known in paths):
+        return True
+    same = (f"/{path}".endswith(known) or known.endswith(f"/{path}") for known in paths)
+    return any(same) or any(path in file.text for file in context.files)
 
 
 def _files(path: str, files: Sequence["ContextFile"]) -> list["ContextFile"]:

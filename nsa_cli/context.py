@@ -178,7 +178,7 @@ class Context:
                 shards.append([])
                 placed = replace(part, start=0)
             shards[-1].append(placed)
-        return [Context(shard, array("I"), self.skips, self.tokenizer, self.grid) for shard in shards]
+        return [Context(shard, array("I"), self.skips, self.tokenizer, self.grid, self.documents) for shard in shards]
 
 
 def build_context(

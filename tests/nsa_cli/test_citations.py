@@ -49,6 +49,30 @@ def test_what_is_found_and_where(context, answer, expected):
 
 
 @pytest.mark.parametrize(
+    ("answer", "missing"),
+    [
+        ("src/lamp.py defines lamp.", ["src/lamp.py"]),
+        ("`./src/lamp.py` and (log/night.txt), not src/a.py", ["./src/lamp.py", "log/night.txt"]),
+        ("src/a.py, ./src/a.py, harbour/src/a.py, log/day.txt. All of them", []),  # as they stand on somebody's disk
+        ("src/a.py:1 and src/lamp.py:1", ["src/lamp.py:1"]),  # once, with its line
+        ("docs/plan.md names tests/a.py, and lib/x.c is only listed", []),  # the text says these, the listing that
+        ("https://a.org/src/lamp.py, a/b, e.g./i.e., and/or, 1.5/2.5, lamp.py, and/or.", []),
+    ],
+)
+def test_files_that_are_not_there(tokenizer, answer, missing):
+    documents = [
+        *(Document("log/day.txt", TEXT), Document("src/a.py", "x = 1\n"), Document("docs/plan.md", "tests/a.py\n")),
+        Document("lib/x.c", "1\n", level="name"),
+    ]
+    context = build_context(documents, tokenizer)
+    found = [citation for citation in check_citations(answer, context) if not citation.found]
+    assert [citation.text for citation in found] == missing
+    assert all(str(c) == f"{c.text}  is not in the text" and c.kind == "reference" for c in found)
+    for shard in context.split(150):  # one knows what is in the others
+        assert shard is not context and not check_citations("src/a.py, log/day.txt and lib/x.c", shard)
+
+
+@pytest.mark.parametrize(
     "answer", ["", 'a "name" and "two words"', "at 12:30", "http://a.b:80/", "a.py", '"' * 7, "1.5:2"]
 )
 def test_what_quotes_nothing(context, answer):
