@@ -1,10 +1,14 @@
-"""Which tokens may come next so that the text is JSON of a schema: a mask over the logits of every step.
+"""Which tokens may come next so that the text is of a grammar: a mask over the logits of every step.
 
-It fails closed. A schema that the grammar library cannot enforce as a whole is refused before anything is generated,
-and where no token is allowed any more there is an error, never a step without a mask.
+The grammar is JSON of a schema, or text that makes no paths up. It fails closed. A schema that the grammar library
+cannot enforce as a whole is refused before anything is generated, and where no token is allowed any more there is an
+error, never a step without a mask.
 """
 
 import json
+import re
+from collections.abc import Iterable
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from nsa_models.errors import CheckError, InputError
@@ -19,18 +23,27 @@ if TYPE_CHECKING:
 LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
+# A text in which a word that begins with a folder is a path that is known. Words are what paths are made of; behind a
+# known one may stand what ends a sentence.
+PATHS = r"""
+start: TEXT
+TEXT: (WORD? GAP)* WORD?
+GAP: /[^\w.\/-]+/
+WORD: /({known})[.\/]*/ | (/[\w.\/-]+/ & ~/({folders})\/[\w.\/-]*/)
+"""
+
+
 class Constraint:
     """The state of one answer: `mask` before a token is chosen, `advance` with it."""
 
-    def __init__(self, tokenizer: "Tokenizer", vocab_size: int, schema: dict) -> None:
-        """vocab_size: the logits'. Raises InputError if the schema cannot be enforced."""
+    def __init__(self, tokenizer: "Tokenizer", vocab_size: int, grammar: str, name: str = "JSON schema") -> None:
+        """vocab_size: the logits'. name: of the grammar, for errors. Raises InputError if it cannot be enforced."""
         import llguidance
         import torch
 
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=LAYOUT)
-        self._matcher = llguidance.LLMatcher(tokenizer.for_grammars(vocab_size), grammar, log_level=0)
+        self.name, self._matcher = name, llguidance.LLMatcher(tokenizer.for_grammars(vocab_size), grammar, log_level=0)
         if self._matcher.is_error():
-            raise InputError(f"this JSON schema cannot be enforced: {_reason(self._matcher)}")
+            raise InputError(f"this {name} cannot be enforced: {_reason(self._matcher)}")
         self._bits = torch.zeros(-(-vocab_size // 32), dtype=torch.int32)
 
     def mask(self, logits: "Tensor") -> "Tensor":
@@ -41,7 +54,7 @@ class Constraint:
         self._refuse_errors()
         allowed = (self._bits[:, None] >> torch.arange(32, dtype=torch.int32) & 1).flatten()[: logits.shape[0]].bool()
         if not allowed.any():
-            raise CheckError("the JSON schema allows no further token")
+            raise CheckError(f"the {self.name} allows no further token")
         return logits.float().cpu().masked_fill(~allowed, float("-inf"))
 
     def advance(self, token: int) -> None:
@@ -51,7 +64,34 @@ class Constraint:
 
     def _refuse_errors(self) -> None:
         if self._matcher.is_error():
-            raise CheckError(f"the JSON schema could not be followed: {_reason(self._matcher)}")
+            raise CheckError(f"the {self.name} could not be followed: {_reason(self._matcher)}")
+
+
+def of_schema(schema: dict) -> str:
+    """The grammar of JSON of a schema."""
+    import llguidance
+
+    return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=LAYOUT)
+
+
+def of_paths(paths: Iterable[str]) -> str | None:
+    """The grammar of texts that name, in the folders of these paths, nothing but them and the folders on their way;
+    None if none of them has a folder.
+    """
+    import llguidance
+
+    known = {str(part) for path in paths for part in (PurePosixPath(path), *PurePosixPath(path).parents) if part.parts}
+    folders = {path.partition("/")[0] for path in known if re.match(r"[\w.-]+/", path)}
+    if not folders:
+        return None
+    patterns = ("|".join(map(_pattern, sorted(some))) for some in (known, folders))
+    grammar = PATHS.format(**dict(zip(("known", "folders"), patterns, strict=True)))
+    return llguidance.LLMatcher.grammar_from_lark(grammar)
+
+
+def _pattern(text: str) -> str:
+    """A regular expression of this text alone."""
+    return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
 
 
 def _reason(matcher) -> str:

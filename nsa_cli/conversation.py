@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from nsa_cli.evidence import counted_tokens, find_evidence, significant_blocks
 from nsa_cli.output import VERBOSE, progress, say, silent, warn
 from nsa_cli.reply import Answer, Timings, Usage
 from nsa_cli.request import Request
-from nsa_cli.reread import by_mass, passages
+from nsa_cli.reread import by_mass, named_paths, passages
 from nsa_cli.settings import cache_dir
 from nsa_cli.speed import remember
 from nsa_cli.stop_strings import StopStrings
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nsa_cli.context import Context, ContextFile
     from nsa_cli.schema import Schema
     from nsa_models import Cache, NSAConfig
+    from nsa_models.constrain import Constraint
     from nsa_models.retrieval import RetrievalMass
     from nsa_models.tokenizer import Prompt
 
@@ -101,14 +102,18 @@ class Conversation:
         self._check_room(prompt_tokens, request.sampling.max_tokens)
         try:
             logits, retrieval = read_question(checkpoint, rest, around, cache)
-            closer, again = cache, 0
+            closer, again, named = cache, 0, frozenset()
             if found := self._passages(retrieval):
                 closer, logits, again = self._read_again(found, question)
+                told = (f"{turn.question}\n{turn.answer}" for turn in self.turns)
+                named = named_paths(found, "\n".join([*told, question]))
         except KeyboardInterrupt:
             cache.truncate(known)
             raise
         prefilled = time.perf_counter()
-        text, ids, reason, first = generate(checkpoint, closer, logits, request, silent if request.schema else tell)
+        text, ids, reason, first = generate(
+            checkpoint, closer, logits, request, silent if request.schema else tell, named
+        )
         self.unread = ids[cache.length - prompt_tokens :]
         self.turns.append(Turn(question, text, ids))
         data = _data(text, len(ids), reason, request.schema, tell) if request.schema else None
@@ -248,17 +253,17 @@ def read_again(
     return cache, logits, retrieval.mass.sum(0)
 
 
-def generate(checkpoint, cache, logits, request: Request, tell: Callable) -> tuple[str, list[int], str, float]:
+def generate(
+    checkpoint, cache, logits, request: Request, tell: Callable, named: Iterable[str] = ()
+) -> tuple[str, list[int], str, float]:
     """Decode to text, piece by piece. Returns the text, its token ids, the finish reason and when the first token came
-    (perf_counter).
+    (perf_counter). named: the paths that an answer without a schema may name in their folders; none = any.
     """
     from nsa_models import decode
-    from nsa_models.constrain import Constraint
 
     tokenizer, most = checkpoint.tokenizer, request.sampling.max_tokens
     stream, stops = tokenizer.stream(), StopStrings(request.stop)
-    schema = request.schema
-    constraint = Constraint(tokenizer, checkpoint.config.vocab_size, schema.json) if schema else None
+    constraint = _constraint(checkpoint, request.schema, named)
     pieces: list[str] = []
     ids: list[int] = []
     interrupted, first = False, 0.0
@@ -284,6 +289,16 @@ def generate(checkpoint, cache, logits, request: Request, tell: Callable) -> tup
         out(stops.push(stream.end()) + stops.end())
     reason = "interrupted" if interrupted else "stop" if stops.found or len(ids) < most else "length"
     return "".join(pieces), ids, reason, first or time.perf_counter()
+
+
+def _constraint(checkpoint: Checkpoint, schema: "Schema | None", named: Iterable[str]) -> "Constraint | None":
+    from nsa_models.constrain import Constraint, of_paths, of_schema
+
+    tokenizer, size = checkpoint.tokenizer, checkpoint.config.vocab_size
+    if schema:
+        return Constraint(tokenizer, size, of_schema(schema.json))
+    grammar = of_paths(named) if tokenizer.eos_ids else None
+    return Constraint(tokenizer, size, grammar, "paths of the passages") if grammar else None
 
 
 def peak_memory(device: str) -> int:

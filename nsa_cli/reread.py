@@ -4,6 +4,7 @@ A model may find in a long text what it cannot answer from there: the built-in o
 definitions and parameters in 8,192 tokens of jinja2, and answered 5 of them; of their passages by themselves, 14.
 """
 
+import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 BEFORE, AFTER = 32, 64
 # Tokens more, at most, to where brackets close: of 59 functions of jinja2, 10 had a signature that was cut off else.
 CLOSE = 96
+
+PATH = re.compile(r"[\w.-]+(?:/[\w.-]+)+")
 
 Span = tuple[int, int]  # tokens [start, stop) of a context
 
@@ -60,6 +63,17 @@ def by_mass(parts: "Sequence[ContextFile]", mass: "Tensor", offset: int) -> "lis
     bounds = accumulate((part.tokens for part in parts), initial=offset)
     drawn = [mass[start:stop].sum().item() for start, stop in pairwise(bounds)]
     return [parts[i] for i in sorted(range(len(parts)), key=drawn.__getitem__)]
+
+
+def named_paths(parts: "Sequence[ContextFile]", said: str) -> set[str]:
+    """The paths that an answer from these passages can know: theirs, and what they or the conversation name in the same
+    folders. Others are made up: asked which file defines _waitpid, psutil/_waitpid.py for psutil/_psposix.py.
+    """
+    paths = {part.path for part in parts}
+    folders = {path.partition("/")[0] for path in paths if "/" in path}
+    mentions = (path for text in (*(part.text for part in parts), said) for path in PATH.findall(text))
+    known = (path.removeprefix("./").rstrip(".-") for path in mentions)
+    return paths | {path for path in known if path.partition("/")[0] in folders}
 
 
 def around(places: Sequence[Span], context: "Context", limit: int) -> list[Span]:

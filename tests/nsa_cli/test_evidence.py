@@ -1,5 +1,7 @@
 """Evidence: attention to blocks -> places, best first, only of the document, only beyond what is expected."""
 
+from pathlib import PurePosixPath
+
 import pytest
 
 from nsa_cli.context import build_context
@@ -31,8 +33,9 @@ class Letters:
         return self.encode(text), list(range(len(text)))
 
 
-def context_of(*texts: str):
-    return build_context([Document(f"{'abc'[i]}.txt", text) for i, text in enumerate(texts)], Letters())
+def context_of(*texts: str, folder: str = "."):
+    paths = (PurePosixPath(folder, f"{'abc'[i]}.txt") for i in range(len(texts)))
+    return build_context([Document(str(path), text) for path, text in zip(paths, texts, strict=True)], Letters())
 
 
 def mass_of(blocks: int, drawn: dict[int, float]) -> RetrievalMass:

@@ -15,7 +15,7 @@ from nsa_cli.documents import Document
 from nsa_cli.evidence import counted_tokens
 from nsa_cli.output import silent
 from nsa_cli.request import Request
-from nsa_cli.reread import AFTER, BEFORE, CLOSE, around, by_mass, closing_bracket, cut, merge, passages
+from nsa_cli.reread import AFTER, BEFORE, CLOSE, around, by_mass, closing_bracket, cut, merge, named_paths, passages
 from nsa_models import Cache, decode, prefill
 from nsa_models.sampling import Sampling
 from tests.nsa_cli.test_evidence import BLOCK, LINES, context_of, mass_of
@@ -230,3 +230,34 @@ def test_passages_are_read_in_the_order_that_their_reading_gives(book, tiny_chec
         cache = Cache.for_model(model, len(prompt) + 5)
         ids = list(decode(model, cache, prefill(model, prompt, cache), request.sampling, eos_ids=text.eos_ids))
         assert reply.text == text.decode(ids).lstrip()
+
+
+def test_the_paths_that_passages_know():
+    context = context_of("see src/b.py, doc/x.md and and/or.\n", "", "", folder="src")
+    known = {"src/a.txt", "src/b.txt", "src/c.txt", "src/b.py"}
+    assert named_paths(context.files, "Is ./src/new.py, or lib/y.py, in src/sub/?") == {*known, "src/new.py", "src/sub"}
+    assert named_paths(context_of("src/b.py").files, "a/b?") == {"a.txt"}
+
+
+def test_an_answer_from_passages_makes_no_path_up(book, tiny_checkpoint, monkeypatch):
+    """In the folders of the passages: whatever else the model would say of them is not allowed."""
+    import nsa_models
+
+    checkpoint, asked = Checkpoint(str(tiny_checkpoint)), []
+    monkeypatch.setattr(nsa_models, "decode", lambda *args, constraint, **kwargs: asked.append(constraint) or iter(()))
+
+    def may_say(document: str, reread: int, text: str) -> bool:
+        context = build_context([Document(document, book.read_text())], checkpoint.tokenizer)
+        request = Request(Sampling(max_tokens=5), store="off", reread=reread)
+        answer(checkpoint, context, "zebra quagga src/new.txt?", request, silent)
+        constraint, size = asked.pop(), checkpoint.config.vocab_size
+        for token in checkpoint.tokenizer.encode(text) if constraint else ():
+            if not constraint.mask(torch.zeros(size))[token].isfinite():
+                return False
+            constraint.advance(token)
+        return True
+
+    for said in ("src/book.txt", "src/new.txt", "lib/none.txt"):
+        assert may_say("src/book.txt", 500, said)
+    assert not may_say("src/book.txt", 500, "src/none.txt")
+    assert may_say("src/book.txt", 0, "src/none.txt") and may_say("book.txt", 500, "src/none.txt")
