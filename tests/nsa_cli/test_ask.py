@@ -452,7 +452,7 @@ def test_question_files_that_are_refused(nsa, docs, content, code, says):
     ],
 )
 def test_only_the_code_is_printed(nsa, docs, monkeypatch, said, code):
-    def generate(checkpoint, cache, logits, request, tell):
+    def generate(checkpoint, cache, logits, request, tell, named):
         tell(said)
         return said, [1], "stop", 0.0
 
