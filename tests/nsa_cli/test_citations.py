@@ -151,7 +151,7 @@ def test_strict_fails_where_the_text_does_not_hold_a_quote(nsa, tmp_path, monkey
     (tmp_path / "a.txt").write_text("one two three four\n")
     for said, code in (('"one two three"', 0), ('"one three two"', 6), ("nothing", 0)):
 
-        def generate(checkpoint, cache, logits, request, tell, said=said):
+        def generate(checkpoint, cache, logits, request, tell, named, said=said):
             tell(said)
             return said, [1], "stop", 0.0
 
