@@ -14,6 +14,7 @@ from nsa_cli.output import progress, warn
 if TYPE_CHECKING:
     from nsa_cli.evidence import Evidence
     from nsa_models.evaluate import Measure, Trial
+    from nsa_models.tokenizer import Tokenizer
     from nsa_models.training.data import Corpus, Layout
     from nsa_models.training.tasks import Task
 
@@ -87,6 +88,7 @@ class Step(NamedTuple):
 
 def measure(checkpoint: Checkpoint, plan: Plan) -> list[Row]:
     """Every task at every length, the attentions one after the other on the same prompts."""
+    from nsa_models.errors import InputError
     from nsa_models.evaluate import tokens_read
     from nsa_models.training.data import Corpus
 
@@ -95,6 +97,9 @@ def measure(checkpoint: Checkpoint, plan: Plan) -> list[Row]:
     makers = {SHORT: short_steps, PERPLEXITY: perplexity_steps}
     others = partial(task_steps, held=Held())  # what two kinds of task ask about one text, they ask of one reading
     steps = [step for task in plan.tasks for step in makers.get(task, others)(checkpoint, plan, corpus, task)]
+    if not steps:
+        lengths = " or ".join(f"{n:,}" for n in plan.lengths)
+        raise InputError(f"the texts are too short to measure anything at {lengths}; shorter --lengths, or more --text")
     total, done, rows = sum(step.prompts for step in steps), 0, []
     with progress("evaluating", total, "prompts") as advance:
 
@@ -115,13 +120,10 @@ def over_ids(plan: Plan) -> list[str]:
 
 
 def perplexity_steps(checkpoint: Checkpoint, plan: Plan, corpus: "Corpus", task: str) -> Iterator[Step]:
-    """Of the lengths that the texts have."""
     from nsa_models.evaluate import perplexity
 
     ids = checkpoint.tokenizer.encode("".join(d.text for d in corpus.documents))
-    lengths = [n for n in plan.lengths if n <= len(ids)]
-    if len(lengths) < len(plan.lengths):
-        warn(f"the texts have {len(ids):,} tokens: no perplexity beyond")
+    lengths = within(plan.lengths, len(ids), task)
     if not lengths:
         return
     longest, scored = max(lengths), min(lengths) - 1
@@ -132,6 +134,16 @@ def perplexity_steps(checkpoint: Checkpoint, plan: Plan, corpus: "Corpus", task:
             return perplexity(*where, longest=longest, scored=scored, done=one), []
 
         yield Step(task, n, attention, min(plan.samples, len(ids) // longest), value)
+
+
+def within(lengths: Sequence[int], tokens: int, task: str) -> list[int]:
+    """The lengths that texts of so many tokens have. A row of 131,072 tokens that were asked of psutil's 93,125 would
+    say what was not measured.
+    """
+    kept = [n for n in lengths if n <= tokens]
+    if len(kept) < len(lengths):
+        warn(f"the texts have {tokens:,} tokens: no {task} beyond")
+    return kept
 
 
 def short_steps(checkpoint: Checkpoint, plan: Plan, corpus: "Corpus", task: str) -> Iterator[Step]:
@@ -155,7 +167,8 @@ def task_steps(checkpoint: Checkpoint, plan: Plan, corpus: "Corpus", task: str, 
     from nsa_models.evaluate import ask_tasks, share, tasks
 
     arranged = layout(checkpoint.tokenizer, checkpoint.config)
-    for n, attention in product(plan.lengths, plan.attentions):
+    tokens = tokens_in((text.text for text in corpus.documents), checkpoint.tokenizer, max(plan.lengths))
+    for n, attention in product(within(plan.lengths, tokens, task), plan.attentions):
 
         def value(one, n=n, attention=attention):
             asked = tasks(arranged, corpus, task, n, plan.depths, plan.samples, plan.seed, plan.wording)
@@ -166,6 +179,16 @@ def task_steps(checkpoint: Checkpoint, plan: Plan, corpus: "Corpus", task: str, 
             return share(trials), trials
 
         yield Step(task, n, attention, len(plan.depths) * plan.samples, value)
+
+
+def tokens_in(texts: Iterable[str], tokenizer: "Tokenizer", enough: int) -> int:
+    """Of all texts, or of as many as have `enough`."""
+    tokens = 0
+    for text in texts:
+        tokens += len(tokenizer.encode(text))
+        if tokens >= enough:
+            break
+    return tokens
 
 
 def ask_as_the_command(
@@ -267,6 +290,9 @@ def heat_map(rows: Sequence[Row], file: Path, task: str, attention: str) -> None
 
     chosen = [row for row in rows if (row.task, row.attention) == (task, attention)]
     depths = sorted({t.depth for row in chosen for t in row.trials})
+    if not depths:
+        warn(f"no heat map: nothing was asked of {task}")
+        return
 
     def at(row: Row, depth: float) -> float | None:
         right = [t.right for t in row.trials if t.depth == depth]

@@ -33,7 +33,7 @@ TASKS = ("perplexity", *KINDS, "short")
     show_default=True,
     callback=parse_lengths,
     metavar="TOKENS,...",
-    help="Tokens of prompt and answer, such as 8k,32Ki.",
+    help="Tokens of prompt and answer, such as 8k,32Ki; none beyond those that the texts have.",
 )
 @click.option(
     "--attention",
@@ -101,6 +101,8 @@ def command(checkpoint: Checkpoint, as_json: bool, heat_map: Path | None, depths
     asked = [task for task in settings["tasks"] if task not in (evaluate.PERPLEXITY, evaluate.SHORT)]
     if heat_map and not asked:
         raise click.UsageError("--heat-map needs a --task with depths, such as needle")
+    if not asked and set(settings["attentions"]) == {evaluate.ASK}:
+        raise click.UsageError(f"--attention {evaluate.ASK} needs a --task that is asked of a text, such as needle")
     where = tuple((i + 0.5) / depths for i in range(depths))
     settings["lengths"] = tuple(settings["lengths"])
     plan = evaluate.Plan(depths=where, **settings)

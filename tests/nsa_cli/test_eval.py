@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -245,8 +246,14 @@ def test_wilsons_interval():
         (["--lengths", "64k"], 4, "64,000 tokens are more than the 32,768"),
         (["--text", "nowhere"], 3, "no such file or directory: nowhere"),
         (["--lengths", "1,64"], 3, "--lengths begins at 2"),
+        (
+            ["--lengths", "20k,30k"],
+            3,
+            "too short to measure anything at 20,000 or 30,000; shorter --lengths, or more --text",
+        ),
         (["--task", "neddle"], 2, "neddle"),
         (["--attention", "h20"], 2, "h20"),
+        (["--task", "short", "--attention", "ask"], 2, "--attention ask needs a --task that is asked of a text"),
         (["--task", "perplexity", "--heat-map", "map.png"], 2, "--heat-map needs a --task with depths"),
     ],
 )
@@ -261,6 +268,17 @@ def test_no_text_at_all(nsa, tmp_path):
     assert run.code == 3 and "no text to read" in run.err and "Traceback" not in run.err
 
 
-def test_a_text_that_is_too_short(nsa, text):
-    run = nsa("eval", "--text", text / "part0.py", "--lengths", "300,8000", "--task", "perplexity")
-    assert run.code == 0 and "no perplexity beyond" in run.err and "8,000" not in run.out
+@pytest.mark.parametrize("task", ["perplexity", "needle", "defines"])
+def test_a_text_that_is_too_short(nsa, text, task):
+    """A row of 8,000 tokens that were asked of a few hundred would be none of 8,000."""
+    run = nsa("eval", "--text", text / "part0.py", "--lengths", "300,8000", "--task", task, "--depths", "1")
+    assert run.code == 0 and "8,000" not in run.out and re.search(rf"{task} +300 ", run.out), run.out
+    assert re.search(rf"the texts have [\d,]+ tokens: no {task} beyond", run.err), run.err
+
+
+def test_nothing_to_draw(nsa, text, tmp_path):
+    """No function of one line raises: the row says so, and there is no heat map of it."""
+    drawn = tmp_path / "map.png"
+    run = nsa("eval", "--text", text, "--lengths", "900", "--task", "raises", "--heat-map", drawn)
+    assert run.code == 0 and "none in the text" in run.out and not drawn.exists()
+    assert "no heat map: nothing was asked of raises" in run.err and "Traceback" not in run.err
